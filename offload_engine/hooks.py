@@ -1,0 +1,266 @@
+"""Entry points: one pre-hook per component that walks the sequence with a cursor.
+
+A component is entered through its root (``module(...)``), through methods such as ``decode`` and
+``generate``, through ``_hf_hook.pre_forward`` (what diffusers calls when accelerate is there), and
+through any submodule while the weights are on the host. Nothing is decided here: the cursor says
+what may stay, the residency moves.
+
+[Note: doors] A submodule may be called before its component. While a unit is on the host its
+submodules carry a pre-hook, its door; a fetch takes the doors off again, so that the forward of a
+resident component pays for its root hook only.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .residency import Residency, State, Unit
+from .sequence import Cursor, Sequence
+
+# Methods through which pipelines enter a component without calling it (facts: AST scan of
+# diffusers 0.42 and transformers 5): they may read weights or `self.device` first.
+_ENTRY_METHODS = re.compile(
+    r"_?encode|_?decode|generate|generate_captions|tokenize|quantize|post_process_latents"
+    r"|get_\w+_features|get_image_tokens|get_codebook_entry"
+)
+
+
+class Walker:
+    """Walks one residency through the sequence of the call that is under way."""
+
+    def __init__(self, residency: Residency) -> None:
+        self.residency = residency
+        self.current: Unit | None = None  # the unit that ran last, if it is resident
+        self.stream: Any = None  # the key of the stream it ran on
+        self.stream_key: Callable[[], Any] = lambda: None
+        if residency.link is not None:
+            self.stream_key = residency.link.current_key
+        self.cursor = Cursor(Sequence(()))
+        self.on_wrap: Callable[[], None] | None = None  # what to do when a round begins anew
+
+    def enter(self, unit: Unit) -> None:
+        """Has ``unit`` resident on the current stream, and what the cursor allows beside it."""
+        with self.residency.lock:
+            self.current = None
+            if self.on_wrap is not None and self.cursor.wraps(unit.name):
+                self.on_wrap()
+            self.residency.enter(unit, self.cursor.enter(unit.name))
+            self.stream = self.stream_key()
+            self.current = unit
+
+    def release_all(self) -> None:
+        with self.residency.lock:
+            self.current = None
+            self.residency.release_all()
+
+
+class Entry:
+    """The pre-hook of a component's root and of its submodules while these are doors."""
+
+    __slots__ = ("device", "unit", "walker")
+
+    def __init__(self, walker: Walker, unit: Unit) -> None:
+        self.walker = walker
+        self.unit = unit
+        self.device = walker.residency.device
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        walker = self.walker
+        if walker.current is self.unit and walker.stream_key() == walker.stream:
+            return None
+        return self.enter(args, kwargs)
+
+    def is_open(self) -> bool:
+        """Whether the unit is the one that ran last, on this very stream."""
+        walker = self.walker
+        return walker.current is self.unit and walker.stream_key() == walker.stream
+
+    def enter(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Has the unit resident; gives the arguments back on its device."""
+        self.walker.enter(self.unit)
+        return to_device(args, self.device), to_device(kwargs, self.device)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return nothing
+
+    def __reduce__(self) -> Any:
+        return nothing.__name__
+
+
+def nothing(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """What the copy of a hooked module has in the place of its hooks."""
+
+
+class MethodEntry:
+    """Stands before a method of one module; a copy of the module has the bare method."""
+
+    def __init__(self, entry: Entry, module: nn.Module, name: str) -> None:
+        self._entry = entry
+        self._module = module
+        self._name = name
+        self._bare = getattr(module, name)
+        functools.update_wrapper(self, self._bare)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._entry.is_open():
+            args, kwargs = self._entry.enter(args, kwargs)
+        return self._bare(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._module))
+        return self._bare if copied is None else getattr(type(copied), self._name).__get__(copied)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._module, self._name)
+
+
+class ApplyWatch(MethodEntry):
+    """Stands before ``_apply``, through which ``.to``, ``.half`` and ``.cpu`` replace weights."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._bare(*args, **kwargs)
+        finally:
+            walker, unit = self._entry.walker, self._entry.unit
+            unit.after_apply(walker.residency.link)
+            if unit.stale and walker.current is unit:
+                walker.current = None
+
+
+class HfHook:
+    """What diffusers looks for as ``_hf_hook`` (accelerate's ModelHook, by its shape)."""
+
+    no_grad = False
+
+    def __init__(self, entry: Entry | None, detach: Callable[[], None]) -> None:
+        self._entry = entry
+        self._detach = detach
+        self.execution_device = entry.device if entry is not None else None
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if self._entry is None or self._entry.is_open():
+            return args, kwargs
+        return self._entry.enter(args, kwargs)
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        return output
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        """Takes the engine off this module; called by accelerate when it removes hooks."""
+        self._detach()
+        return module
+
+    def __deepcopy__(self, memo: Any) -> HfHook:
+        return HfHook(None, _do_nothing)
+
+    def __reduce__(self) -> Any:
+        return HfHook, (None, _do_nothing)
+
+
+def _do_nothing() -> None:
+    pass
+
+
+class UnitDoors:
+    """See [Note: doors]."""
+
+    def __init__(self, entry: Entry, roots: Iterable[nn.Module], hook_id: int) -> None:
+        self._entry = entry
+        self._roots = {id(root) for root in roots}
+        self._hook_id = hook_id
+        self._armed: list[nn.Module] = []
+
+    def arm(self, modules: Iterable[nn.Module]) -> None:
+        if self._armed:
+            self.disarm()
+        self._armed = [module for module in modules if id(module) not in self._roots]
+        for module in self._armed:
+            module._forward_pre_hooks[self._hook_id] = self._entry
+            module._forward_pre_hooks_with_kwargs[self._hook_id] = True
+
+    def disarm(self) -> None:
+        for module in self._armed:
+            module._forward_pre_hooks.pop(self._hook_id, None)
+            module._forward_pre_hooks_with_kwargs.pop(self._hook_id, None)
+        self._armed = []
+
+
+def install(unit: Unit, walker: Walker, on_detach: Callable[[], None]) -> Callable[[], None]:
+    """Puts every entry on the modules of ``unit``; returns the undo. All or nothing."""
+    undo: list[Callable[[], None]] = []
+    entry = Entry(walker, unit)
+    try:
+        hook_ids = [_install_root(module, entry, on_detach, undo) for module in unit.modules]
+        if walker.residency.link is not None:
+            doors = UnitDoors(entry, unit.modules, hook_ids[0])
+            unit.doors = doors
+            undo.append(doors.disarm)
+            if unit.state is State.HOST:
+                doors.arm(m for root in unit.modules for m in root.modules())
+    except BaseException:
+        _run(undo)
+        raise
+    return functools.partial(_run, undo)
+
+
+def _install_root(
+    module: nn.Module, entry: Entry, on_detach: Callable[[], None], undo: list[Callable[[], None]]
+) -> int:
+    handle = module.register_forward_pre_hook(entry, prepend=True, with_kwargs=True)
+    undo.append(handle.remove)
+    module._hf_hook = HfHook(entry, on_detach)  # type: ignore[assignment]
+    undo.append(functools.partial(_remove_attribute, module, "_hf_hook"))
+    for name in _entry_methods(module):
+        _shadow(module, name, MethodEntry(entry, module, name), undo)
+    _shadow(module, "_apply", ApplyWatch(entry, module, "_apply"), undo)
+    return handle.id
+
+
+def _shadow(
+    module: nn.Module, name: str, stand_in: MethodEntry, undo: list[Callable[[], None]]
+) -> None:
+    if name in module.__dict__:  # somebody patched this instance: theirs is put back
+        undo.append(functools.partial(module.__dict__.__setitem__, name, module.__dict__[name]))
+    else:
+        undo.append(functools.partial(_remove_attribute, module, name))
+    module.__dict__[name] = stand_in
+
+
+def _remove_attribute(module: nn.Module, name: str) -> None:
+    module.__dict__.pop(name, None)
+
+
+def _entry_methods(module: nn.Module) -> list[str]:
+    names = [name for name in dir(type(module)) if _ENTRY_METHODS.fullmatch(name)]
+    return [name for name in names if callable(getattr(type(module), name, None))]
+
+
+def _run(undo: list[Callable[[], None]]) -> None:
+    while undo:
+        undo.pop()()
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """``value`` with every tensor in it on ``device``; the same object where nothing moved."""
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device)
+    if isinstance(value, (list, tuple)):
+        moved = [to_device(item, device) for item in value]
+        if all(new is old for new, old in zip(moved, value, strict=True)):
+            return value
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
+    if isinstance(value, Mapping):
+        changed = {key: to_device(item, device) for key, item in value.items()}
+        if all(changed[key] is value[key] for key in changed):
+            return value
+        return type(value)(changed)  # type: ignore[call-arg]
+    return value

@@ -1,0 +1,338 @@
+"""What is special about diffusers: components, exclusions, the ways into and out of a call.
+
+[Note: the attached class] While a pipeline is attached, its class is a subclass of its own, of the
+same name, whose methods tell the engine when a call begins and ends. Every pipeline is thus seen
+to the end of its call, also by an exception, and also the nine classes that never call
+``maybe_free_model_hooks``. Detaching puts the class back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from . import sequence
+from .errors import ComponentError
+from .hooks import HfHook
+from .sequence import Sequence
+
+ENGINE = "_offload_engine"  # the attribute of an attached pipeline that holds its engine
+
+
+class Callee(Protocol):
+    """What an attached pipeline calls (engine.Engine)."""
+
+    def begin_call(self) -> None: ...
+
+    def end_call(self, error: BaseException | None) -> None: ...
+
+    def free(self) -> None: ...
+
+    def refresh(self) -> None: ...
+
+    def detach(self) -> None: ...
+
+    def note_move(self, target: Any) -> None: ...
+
+    def without_hooks(self) -> Any: ...
+
+    component_names: frozenset[str]
+
+
+class Pipeline:
+    """A diffusers-style pipeline, or a plain mapping of names to modules, as the engine sees it."""
+
+    def __init__(self, pipe: Any) -> None:
+        """Raises ComponentError where ``pipe`` has no components."""
+        self.pipe = pipe
+        self._is_mapping = isinstance(pipe, Mapping)
+        if not self._is_mapping and not isinstance(getattr(pipe, "components", None), Mapping):
+            raise ComponentError(
+                f"{type(pipe).__name__} has no components. Give a diffusers pipeline, or a mapping "
+                "of names to modules such as {'unet': unet, 'vae': vae}."
+            )
+
+    @property
+    def name(self) -> str:
+        return "the mapping" if self._is_mapping else type(self.pipe).__name__
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return dict(self.pipe if self._is_mapping else self.pipe.components)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The components that are modules, in their order."""
+        return {k: v for k, v in self.components.items() if isinstance(v, nn.Module)}
+
+    def sequence(self, seq: Any) -> Sequence:
+        """``seq`` read and checked, or the pipeline's own; raises SequenceError."""
+        known = self.components
+        if seq is not None:
+            parsed = sequence.parse(seq)
+            parsed.check_names(known)
+            return parsed.only(self.modules)
+        text = getattr(self.pipe, "model_cpu_offload_seq", None)
+        if isinstance(text, str):
+            return sequence.declared(text, self.modules)
+        if self._offloads_its_own_way():
+            return Sequence(tuple((name,) for name in self.modules))
+        raise sequence.missing(self.name)
+
+    def _offloads_its_own_way(self) -> bool:
+        """AudioLDM2 and a few others name no sequence but override enable_model_cpu_offload."""
+        own = getattr(type(self.pipe), "enable_model_cpu_offload", None)
+        base = _diffusion_pipeline()
+        return own is not None and base is not None and own is not base.enable_model_cpu_offload
+
+    def excluded(self, seq: Sequence) -> set[str]:
+        """Components that stay on the device: those excluded upstream, unless in the sequence."""
+        names = set(getattr(self.pipe, "_exclude_from_cpu_offload", ()))
+        return (names & set(self.modules)) - set(seq.names)
+
+    @property
+    def progress_bar_config(self) -> dict[str, Any]:
+        """The pipeline's own tqdm settings (``pipe.set_progress_bar_config``)."""
+        return dict(getattr(self.pipe, "_progress_bar_config", None) or {})
+
+    def check_not_placed(self) -> None:
+        """Raises ComponentError where something else already decides where components are."""
+        modules = self.modules
+        grouped = [name for name, module in modules.items() if _is_group_offloaded(module)]
+        if grouped:
+            raise ComponentError(
+                f"Group offloading is active on {', '.join(grouped)}. Load these components anew, "
+                "or attach without having called enable_group_offload().",
+                names=grouped,
+            )
+        sharded = [name for name, module in modules.items() if _is_sharded(module)]
+        if sharded:
+            raise ComponentError(
+                f"{', '.join(sharded)} is sharded over devices (tensor parallelism): each rank "
+                "already holds its part only, and the engine cannot move parts.",
+                names=sharded,
+            )
+        mapped = getattr(self.pipe, "hf_device_map", None)
+        if isinstance(mapped, Mapping) and len(mapped) > 1:
+            raise ComponentError(
+                f"A device map is active on the pipeline: {dict(mapped)}. Call "
+                "pipe.reset_device_map() first, then attach.",
+                names=mapped,
+            )
+        split = [name for name, module in modules.items() if _is_split(module)]
+        if split:
+            raise ComponentError(
+                f"A device map spreads {', '.join(split)} over several devices. Load it without "
+                "device_map, or with one device.",
+                names=split,
+            )
+
+    def check_loaded(self) -> None:
+        """Raises ComponentError for components on the meta device: they have no weights yet."""
+        empty = [name for name, module in self.modules.items() if _on_meta(module)]
+        if empty:
+            raise ComponentError(
+                f"{', '.join(empty)} has weights on the meta device, so there is nothing to "
+                "offload. Load its weights first (from_pretrained, or to_empty and "
+                "load_state_dict).",
+                names=empty,
+            )
+
+    def remove_foreign_hooks(self) -> None:
+        """Takes accelerate's hooks off, as enable_model_cpu_offload does first."""
+        foreign = {k: m for k, m in self.modules.items() if _has_foreign_hook(m)}
+        if not foreign:
+            return
+        remove = getattr(type(self.pipe), "remove_all_hooks", None)
+        if remove is None:
+            raise ComponentError(
+                f"{', '.join(foreign)} carries hooks of accelerate or of a ComponentsManager. "
+                "Remove them first (accelerate.hooks.remove_hook_from_module(module, "
+                "recurse=True), or disable_auto_cpu_offload()).",
+                names=foreign,
+            )
+        remove(self.pipe)
+
+    def attach(self, engine: Callee, device: torch.device) -> Callable[[], None]:
+        """Has the pipeline tell ``engine`` about its calls; returns the undo."""
+        if self._is_mapping:
+            return lambda: None
+        pipe, original = self.pipe, type(self.pipe)
+        state = {
+            ENGINE: engine,
+            "_all_hooks": [engine],
+            "_offload_device": device,
+            "_offload_gpu_id": device.index or 0,
+        }
+        before = {name: pipe.__dict__[name] for name in state if name in pipe.__dict__}
+        pipe.__dict__.update(state)
+
+        def undo() -> None:
+            pipe.__class__ = getattr(type(pipe), "_offload_original", type(pipe))
+            for name in state:
+                pipe.__dict__.pop(name, None)
+            pipe.__dict__.update(before)
+
+        try:
+            pipe.__class__ = _attached_class(original)  # type: ignore[arg-type]
+        except BaseException:
+            undo()
+            raise
+        return undo
+
+
+def engine_of(pipe: Any) -> Any:
+    """The engine that ``pipe`` is attached to, or None."""
+    return getattr(pipe, "__dict__", {}).get(ENGINE)
+
+
+@functools.cache
+def _attached_class(original: type) -> type:
+    """See [Note: the attached class]."""
+    members: dict[str, Any] = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_offload_original": original,
+        "__setattr__": _setattr(original),
+        "__reduce_ex__": _reduce(original),
+    }
+    if "__call__" in dir(original):  # every type is callable; are its instances?
+        members["__call__"] = _call(original)
+    for name, make in (
+        ("maybe_free_model_hooks", _maybe_free_model_hooks),
+        ("remove_all_hooks", _remove_all_hooks),
+        ("load_textual_inversion", _load_textual_inversion),
+        ("to", _to),
+    ):
+        if hasattr(original, name):
+            members[name] = make(original)
+    return type(original)(original.__name__, (original,), members)
+
+
+def _call(original: Any) -> Any:
+    @functools.wraps(original.__call__)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = engine_of(self)
+        if engine is None:
+            return original.__call__(self, *args, **kwargs)
+        engine.begin_call()
+        try:
+            result = original.__call__(self, *args, **kwargs)
+        except BaseException as error:
+            engine.end_call(error)
+            raise
+        engine.end_call(None)
+        return result
+
+    return __call__
+
+
+def _maybe_free_model_hooks(original: Any) -> Any:
+    @functools.wraps(original.maybe_free_model_hooks)
+    def maybe_free_model_hooks(self: Any) -> None:
+        engine = engine_of(self)
+        if engine is None:
+            return original.maybe_free_model_hooks(self)
+        for component in self.components.values():
+            if hasattr(component, "_reset_stateful_cache"):
+                component._reset_stateful_cache()
+        engine.free()
+
+    return maybe_free_model_hooks
+
+
+def _remove_all_hooks(original: Any) -> Any:
+    @functools.wraps(original.remove_all_hooks)
+    def remove_all_hooks(self: Any) -> None:
+        engine = engine_of(self)
+        if engine is None:
+            return original.remove_all_hooks(self)
+        engine.detach()
+        self._all_hooks = []
+
+    return remove_all_hooks
+
+
+def _load_textual_inversion(original: Any) -> Any:
+    @functools.wraps(original.load_textual_inversion)
+    def load_textual_inversion(self: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = engine_of(self)
+        if engine is None:
+            return original.load_textual_inversion(self, *args, **kwargs)
+        with engine.without_hooks():  # upstream needs accelerate as soon as it sees an _hf_hook
+            return original.load_textual_inversion(self, *args, **kwargs)
+
+    return load_textual_inversion
+
+
+def _to(original: Any) -> Any:
+    @functools.wraps(original.to)
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = engine_of(self)
+        if engine is not None:
+            engine.note_move(kwargs.get("device", args[0] if args else None))
+        return original.to(self, *args, **kwargs)
+
+    return to
+
+
+def _setattr(original: Any) -> Any:
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        original.__setattr__(self, name, value)
+        engine = engine_of(self)
+        if engine is not None and name in engine.component_names:
+            engine.refresh()
+
+    return __setattr__
+
+
+def _reduce(original: Any) -> Any:
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        make, arguments, *rest = original.__reduce_ex__(self, max(protocol, 2))
+        swapped = tuple(original if part is type(self) else part for part in arguments)
+        return (make, swapped, *rest)
+
+    return __reduce_ex__
+
+
+def _diffusion_pipeline() -> Any:
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError:
+        return None
+    return DiffusionPipeline
+
+
+def _is_group_offloaded(module: nn.Module) -> bool:
+    registries = (getattr(each, "_diffusers_hook", None) for each in module.modules())
+    return any(r is not None and r.get_hook("group_offloading") is not None for r in registries)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(
+        type(p).__name__ == "DTensor" or hasattr(p, "device_mesh") for p in module.parameters()
+    )
+
+
+def _is_split(module: nn.Module) -> bool:
+    placed = getattr(module, "hf_device_map", None)
+    return isinstance(placed, Mapping) and len({str(device) for device in placed.values()}) > 1
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return any(t.is_meta for t in (*module.parameters(), *module.buffers()))
+
+
+def _has_foreign_hook(module: nn.Module) -> bool:
+    hook = module.__dict__.get("_hf_hook")
+    return hook is not None and not isinstance(hook, HfHook)
+
+
+def is_bitsandbytes_8bit(module: nn.Module) -> bool:
+    """Whether ``module`` holds bitsandbytes 8-bit weights, whose state is outside its tensors."""
+    return any(type(parameter).__name__ == "Int8Params" for parameter in module.parameters())

@@ -1,0 +1,161 @@
+"""The question in numbers: segments and uses become indices, bytes become exact integers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from ..errors import OffloadError, PlanError
+from .model import Use
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One planning question. Sizes and rooms share one integer unit, exact even for real sizes."""
+
+    names: tuple[str, ...]  # of the segments
+    sizes: tuple[int, ...]  # of each segment, in units
+    copy_seconds: tuple[float, ...]  # of each segment
+    needs: tuple[tuple[int, ...], ...]  # the segments of each use
+    seconds: tuple[float, ...]  # of each use
+    room: tuple[int, ...]  # units left for segments during each use: budget less workspace
+    resident: tuple[int, ...]  # segments there at the start; empty if cyclic
+    cyclic: bool
+    elapsed: tuple[float, ...]  # compute seconds before each use, and of all of them
+
+    @property
+    def length(self) -> int:
+        """The number of uses."""
+        return len(self.needs)
+
+
+def read_problem(
+    nbytes: Mapping[str, int],
+    uses: Sequence[Use],
+    budget_nbytes: int,
+    bandwidth: float,
+    resident: Collection[str],
+    cyclic: bool,
+) -> Problem:
+    """The checked question. Raises OffloadError for bad input, PlanError if a use cannot fit."""
+    uses = [_as_use(use, index) for index, use in enumerate(uses)]
+    _check_numbers(nbytes, uses, budget_nbytes, bandwidth)
+    _check_names(nbytes, uses, resident)
+    index = {name: i for i, name in enumerate(nbytes)}
+    interned: dict[tuple[str, ...], tuple[int, ...]] = {}
+    for use in uses:
+        if use.segments not in interned:
+            interned[use.segments] = tuple(dict.fromkeys(index[name] for name in use.segments))
+    sizes, room = _in_units(list(nbytes.values()), [use[2] for use in uses], budget_nbytes)
+    problem = Problem(
+        names=tuple(nbytes),
+        sizes=tuple(sizes),
+        copy_seconds=tuple(float(value) / bandwidth for value in nbytes.values()),
+        needs=tuple(interned[use.segments] for use in uses),
+        seconds=tuple(float(use.seconds) for use in uses),
+        room=tuple(room),
+        resident=() if cyclic else tuple(sorted(index[name] for name in set(resident))),
+        cyclic=cyclic,
+        elapsed=tuple(accumulate((float(use.seconds) for use in uses), initial=0.0)),
+    )
+    _check_fits(problem, nbytes, uses, budget_nbytes)
+    return problem
+
+
+def next_positions(needs: Sequence[tuple[int, ...]], count: int) -> list[list[int]]:
+    """For each use and each of its segments: the next use of that segment, or ``len(needs)``."""
+    length = len(needs)
+    upcoming = [length] * count
+    after: list[list[int]] = [[]] * length
+    for position in range(length - 1, -1, -1):
+        after[position] = [upcoming[segment] for segment in needs[position]]
+        for segment in needs[position]:
+            upcoming[segment] = position
+    return after
+
+
+def first_positions(needs: Sequence[tuple[int, ...]], count: int) -> list[int]:
+    """The first use of each segment, or ``len(needs)``."""
+    first = [len(needs)] * count
+    for position in range(len(needs) - 1, -1, -1):
+        for segment in needs[position]:
+            first[segment] = position
+    return first
+
+
+def _as_use(use: Use, index: int) -> Use:
+    """``use`` as a Use with a tuple of names; a lone name in place of a tuple is an error."""
+    try:
+        segments, seconds, workspace = use
+    except (TypeError, ValueError):
+        raise OffloadError(f"use {index} is {use!r}; give Use(segments, seconds, ...).") from None
+    if isinstance(segments, str):
+        raise OffloadError(f"use {index}: segments is the text {segments!r}; give ({segments!r},).")
+    if type(use) is Use and type(segments) is tuple:
+        return use
+    return Use(tuple(segments), seconds, workspace)
+
+
+def _is_number(value: object, least: float) -> bool:
+    real = isinstance(value, (int, float)) or hasattr(value, "__float__")
+    return real and not isinstance(value, bool) and least <= value < math.inf  # type: ignore
+
+
+def _check_numbers(
+    nbytes: Mapping[str, int], uses: Sequence[Use], budget_nbytes: int, bandwidth: float
+) -> None:
+    sizes = {name: n for name, n in nbytes.items() if not _is_number(n, 0) or n == 0}
+    if sizes:
+        raise OffloadError(f"segments need a positive number of bytes, got {sizes}.")
+    if not _is_number(bandwidth, 0) or bandwidth == 0:
+        raise OffloadError(f"bandwidth={bandwidth!r}: give a positive number of bytes per second.")
+    if not _is_number(budget_nbytes, -math.inf):
+        raise OffloadError(f"budget_nbytes={budget_nbytes!r}: give a number of bytes.")
+    for field in ("seconds", "workspace_nbytes"):
+        bad = {i: getattr(u, field) for i, u in enumerate(uses) if not _is_number(getattr(u, field), 0)}
+        if bad:
+            raise OffloadError(f"{field} of a use is zero or more, got (by use): {bad}.")
+
+
+def _check_names(
+    nbytes: Mapping[str, int], uses: Sequence[Use], resident: Collection[str]
+) -> None:
+    if isinstance(resident, str):
+        raise OffloadError(f"resident is the text {resident!r}; give a collection of names.")
+    unknown = {name: i for i, use in enumerate(uses) for name in use.segments if name not in nbytes}
+    if unknown:
+        raise OffloadError(f"unknown segments (by use): {unknown}; nbytes names {list(nbytes)}.")
+    strangers = sorted(set(resident) - set(nbytes))
+    if strangers:
+        raise OffloadError(f"unknown residents {strangers}; nbytes names {list(nbytes)}.")
+
+
+def _check_fits(
+    problem: Problem, nbytes: Mapping[str, int], uses: Sequence[Use], budget_nbytes: int
+) -> None:
+    need = {needed: sum(problem.sizes[s] for s in needed) for needed in set(problem.needs)}
+    excess = [need[needed] - room for needed, room in zip(problem.needs, problem.room, strict=True)]
+    if excess and max(excess) > 0:
+        worst = excess.index(max(excess))
+        segments, _, workspace = uses[worst]
+        needed_nbytes = sum(nbytes[name] for name in dict.fromkeys(segments)) + workspace
+        raise PlanError(worst, segments, needed_nbytes, budget_nbytes)
+
+
+def _in_units(
+    sizes: list[int], workspaces: list[int], budget: int
+) -> tuple[list[int], list[int]]:
+    """Sizes, and the room beside each workspace, as integers that add up without rounding.
+
+    Whole numbers stay as they are. Others count in parts of 2**-44 of the budget, sizes rounded
+    down and room up, so that what adds up to the budget fits in whatever order it is added.
+    """
+    if all(isinstance(value, int) for value in (budget, *sizes, *workspaces)):
+        return sizes, [budget - workspace for workspace in workspaces]
+    unit = abs(budget) * 2.0**-44 or 1.0
+    rooms = [math.ceil((budget - workspace) / unit) for workspace in workspaces]
+    return [math.floor(size / unit) for size in sizes], rooms
+
+

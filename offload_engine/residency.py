@@ -1,0 +1,435 @@
+"""The state of each unit, what changed in it, and the log of what moved.
+
+A unit is what moves as one: a component, or several that share weights. `Residency` holds the
+units of the pipelines that share modules on one device, and is told what may stay: it decides
+nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import slots
+from .host_store import Block, HostStore, trim
+from .segments import Scan, TypedFlat, View, Wrapper, layout, rebuild, scan, stack
+from .transfers import Fetch, Link
+from .watch import same_content, unwatch, watch
+
+
+class State(enum.Enum):
+    """Where the weights of a unit are, and who owns their memory."""
+
+    HOST = "host"  # in the masters, owned by the host store; no device memory
+    LOADING = "loading"  # on the way: tensors may point to either side
+    RESIDENT = "resident"  # in the slot, owned by the unit; the masters are kept
+
+
+class Event(NamedTuple):
+    """One line of the log. ``at_seconds`` is the host's clock (time.perf_counter)."""
+
+    kind: str  # "use", "fetch", "release", "write_back", "adopt"
+    unit: str
+    nbytes: int
+    at_seconds: float
+    allocated_nbytes: int  # on the device, right after
+    fetch: Fetch | None = None
+
+
+class Doors(Protocol):
+    """The entry checks that are armed while a unit is not on the device (hooks.py)."""
+
+    def arm(self, modules: Iterable[nn.Module]) -> None: ...
+
+    def disarm(self) -> None: ...
+
+
+_LOG_LENGTH = 10_000  # events; a call has some tens
+OnCopy = Callable[[str, int], None]  # kind, nbytes
+
+
+class _Weight:
+    """One tensor of a unit: its master, and its place in the slot while resident."""
+
+    __slots__ = ("block", "device_pointer", "host", "host_pointer", "tensor", "version", "view")
+
+    def __init__(self, tensor: Tensor, block: Block, view: View) -> None:
+        self.tensor = tensor  # the object the module holds
+        self.block = block
+        self.view = view
+        self.host = block.carve(view)  # the master
+        self.host_pointer = self.host.data_ptr()
+        self.device_pointer = -1  # not on the device
+        self.version = -1
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` can live here: same shape, layout and type."""
+        view = self.view
+        return (
+            tensor.dtype is view.dtype
+            and tensor.size() == view.size
+            and tensor.stride() == view.stride
+        )
+
+
+class _Twin(NamedTuple):
+    """A wrapper weight and the one around device tensors that stands in for it."""
+
+    wrapper: Wrapper
+    on_device: Tensor
+    inner: list[tuple[_Weight, Tensor]]
+
+
+class Unit:
+    """Modules whose weights move together; the sole owner of their masters and their slot."""
+
+    def __init__(self, name: str, modules: Iterable[nn.Module], store: HostStore) -> None:
+        self.name = name
+        self.modules: tuple[nn.Module, ...] = tuple(modules)
+        self.state = State.HOST
+        self.stale = False  # moved by the user while resident: look again before the next use
+        self.doors: Doors | None = None
+        self.fetch: Fetch | None = None
+        self._store = store
+        self._weights: dict[int, _Weight] = {}  # id(tensor) -> weight, which holds the tensor
+        self._blocks: list[Block] = []
+        self._found = Scan()
+        self._twins: list[_Twin] = []
+        self._last: Fetch | None = None  # its copies may still read the masters
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slot: what one fetch copies."""
+        if not self._blocks:  # no masters: on device="cpu" nothing moves
+            return sum(tensor.nbytes for tensor in scan(self.modules).tensors)
+        return stack(block.nbytes for block in self._blocks)[0]
+
+    @property
+    def is_pinned(self) -> bool:
+        return bool(self._blocks) and all(block.pinned for block in self._blocks)
+
+    # ---- to the host
+
+    def to_host(self, link: Link | None, on_copy: OnCopy) -> None:
+        """Points every weight to its master, which then holds its latest value; the slot goes.
+
+        [Note: settling] This works from any state, half done ones included, and from whatever the
+        user did meanwhile: each tensor is looked at where it is now. A master is written only
+        where its weight changed. New tensors get masters, tensors that left lose theirs.
+        """
+        if self.fetch is not None:
+            assert link is not None
+            link.join(self.fetch)
+        self._settle_all(link, on_copy)
+        if self.fetch is not None:
+            self.fetch.flat = None
+            self._last, self.fetch = self.fetch, None
+        self.state, self.stale = State.HOST, False
+        if self.doors is not None:
+            self.doors.arm(self._found.modules)
+
+    def _settle_all(self, link: Link | None, on_copy: OnCopy) -> None:
+        def book(kind: str, nbytes: int) -> None:
+            self.finish(link)  # a copy in flight must not see its source change
+            on_copy(kind, nbytes)
+
+        self._unwrap(book)
+        self._found = scan(self.modules)
+        inner = [tensor for wrapper in self._found.wrappers for _, tensor in wrapper.inner]
+        tensors = self._found.tensors + inner
+        fresh = [tensor for tensor in tensors if not self._settle(tensor, book)]
+        if len(tensors) - len(fresh) != len(self._weights):
+            self._forget({id(t) for t in tensors} - {id(t) for t in fresh})
+        if fresh:
+            self._adopt(fresh, book)
+
+    def _settle(self, tensor: Tensor, book: OnCopy) -> bool:
+        """Brings a known tensor home; False for one that has no master it fits into."""
+        weight = self._weights.get(id(tensor))
+        touched = unwatch(tensor)
+        if weight is None or not weight.fits(tensor):
+            return False
+        pointer = tensor.data_ptr()
+        if pointer != weight.host_pointer or tensor.device.type != "cpu":
+            if pointer != weight.device_pointer or _changed(weight, tensor, touched):
+                book("write_back", tensor.nbytes)
+                _copy(weight.host, tensor)
+            _point(tensor, weight.host)
+        weight.device_pointer = -1
+        return True
+
+    def _forget(self, alive: set[int]) -> None:
+        """Drops what left the modules. A tensor somebody else still holds keeps its value."""
+        for key, weight in list(self._weights.items()):
+            if key in alive:
+                continue
+            tensor = weight.tensor
+            unwatch(tensor)
+            if tensor.numel() and tensor.data_ptr() == weight.device_pointer:
+                _point(tensor, _detached(tensor).cpu())
+            del self._weights[key]
+        used = {id(weight.block) for weight in self._weights.values()}
+        for block in [block for block in self._blocks if id(block) not in used]:
+            self._blocks.remove(block)
+            self._store.free(block)
+
+    def _adopt(self, fresh: list[Tensor], book: OnCopy) -> None:
+        """Gives new tensors a block of their own and moves them in, one at a time."""
+        nbytes, views = layout(fresh)
+        block = self._store.allocate(nbytes)
+        self._blocks.append(block)
+        moved_nbytes = 0
+        for tensor, view in zip(fresh, views, strict=True):
+            weight = self._weights[id(tensor)] = _Weight(tensor, block, view)
+            book("adopt", tensor.nbytes)
+            _copy(weight.host, tensor)
+            _point(tensor, weight.host)
+            moved_nbytes += tensor.nbytes
+            if moved_nbytes >= 2**27:
+                moved_nbytes = 0
+                trim()
+        self._store.seal(block)
+        trim()
+
+    def _unwrap(self, book: OnCopy) -> None:
+        """Puts wrapper weights back to those on the host, with what changed in their twins."""
+        for twin in self._twins:
+            for weight, on_device in twin.inner:
+                if not weight.view.inference and on_device._version != weight.version:
+                    book("write_back", on_device.nbytes)
+                    _copy(weight.host, on_device)
+            for home, name in twin.wrapper.homes:
+                if home.get(name) is twin.on_device:
+                    home[name] = twin.wrapper.outer
+        self._twins.clear()
+
+    # ---- to the device
+
+    def to_resident(self, link: Link, on_copy: OnCopy, make_room: Callable[[], None]) -> None:
+        """Fetches the weights; the current stream waits for them, the host does not."""
+        assert self.state is State.HOST, f"{self.name} is in state {self.state.value}"
+        self._settle_all(link, on_copy)
+        self.state = State.LOADING
+        nbytes, starts = stack(block.nbytes for block in self._blocks)
+        flat = slots.lend(self.name, nbytes, link.device, make_room)
+        self.fetch = Fetch(flat, link.current_stream())
+        link.start(flat, list(zip(self._blocks, starts, strict=True)), self.fetch)
+        link.wait(self.fetch)
+        start_of = {id(block): start for block, start in zip(self._blocks, starts, strict=True)}
+        with torch.inference_mode(False), torch.no_grad():
+            self._point_to(TypedFlat(flat), start_of)
+        self.state = State.RESIDENT
+        if self.doors is not None:
+            self.doors.disarm()
+
+    def _point_to(self, flat: TypedFlat, start_of: dict[int, int]) -> None:
+        wrapped = self._wrap(flat, start_of) if self._found.wrappers else ()
+        for key, weight in self._weights.items():
+            if key in wrapped:
+                continue
+            tensor = weight.tensor
+            on_device = weight.view.on(flat, start_of[id(weight.block)])
+            weight.device_pointer = on_device.data_ptr()
+            _point(tensor, on_device)
+            if not weight.view.inference:
+                weight.version = tensor._version
+            watch(tensor)
+
+    def _wrap(self, flat: TypedFlat, start_of: dict[int, int]) -> set[int]:
+        """Puts twins around device tensors in the place of wrapper weights; ids of the wrapped."""
+        wrapped: set[int] = set()
+        for wrapper in self._found.wrappers:
+            inner, parts = [], {}
+            for path, tensor in wrapper.inner:
+                weight = self._weights[id(tensor)]
+                parts[path] = weight.view.on(flat, start_of[id(weight.block)])
+                weight.version = -1 if weight.view.inference else parts[path]._version
+                inner.append((weight, parts[path]))
+                wrapped.add(id(tensor))
+            twin = _Twin(wrapper, rebuild(wrapper.outer, parts), inner)
+            self._twins.append(twin)
+            for home, name in wrapper.homes:
+                home[name] = twin.on_device
+        return wrapped
+
+    def after_apply(self, link: Link | None) -> None:
+        """The user moved or cast the modules (``.to``): what does that mean for the slot?"""
+        if self.state is not State.RESIDENT or link is None:
+            return
+        tensors = scan(self.modules).tensors
+        self.stale = any(tensor.device != link.device for tensor in tensors)
+        mine = {weight.device_pointer for weight in self._weights.values()}
+        if self.fetch is not None and not any(t.data_ptr() in mine for t in tensors if t.numel()):
+            link.join(self.fetch)
+            self.fetch.flat = None
+
+    # ---- the end
+
+    def finish(self, link: Link | None) -> None:
+        """Blocks the host until no copy reads the masters; mostly none has for long."""
+        for fetch in (self._last, self.fetch):
+            if fetch is not None and link is not None:
+                link.finish(fetch)
+        self._last = None
+
+    def close(self, link: Link | None) -> None:
+        """Gives every weight ordinary memory and the masters back; the unit is done."""
+        self.doors = None
+        self.to_host(link, lambda kind, nbytes: None)
+        self.finish(link)
+        while self._blocks:
+            block = self._blocks.pop()
+            if not self._store.free(block):
+                self._move_out(block)
+        self._weights.clear()
+        self._found = Scan()
+        trim()
+
+    def _move_out(self, block: Block) -> None:
+        """Memory of their own for the weights in a block that cannot be unpinned in place."""
+        spans: dict[int, Tensor] = {}
+        with torch.inference_mode(False):
+            for weight in self._weights.values():
+                if weight.block is block:
+                    start = weight.view.span_start
+                    if start not in spans:
+                        span = block.flat[start : start + weight.view.span_nbytes]
+                        spans[start] = span.clone()
+                    _point(weight.tensor, weight.view.in_span(spans[start]))
+
+
+def _changed(weight: _Weight, tensor: Tensor, touched: bool) -> bool:
+    """Whether the device copy differs from its master; see watch.py."""
+    if weight.view.inference:  # counts no versions: only its content tells
+        return not same_content(weight.host, tensor)
+    if tensor._version != weight.version:
+        return True
+    return touched and not same_content(weight.host, tensor)
+
+
+_BASE: Any = torch._C.TensorBase  # type: ignore[attr-defined]
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return _BASE.detach(tensor)
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    with torch.inference_mode():  # also inference tensors can be written here
+        target.copy_(_detached(source))
+
+
+def _point(tensor: Tensor, data: Tensor) -> None:
+    """``tensor.data = data``, with its gradient brought to the same device."""
+    grad = tensor.grad if tensor.is_leaf else None
+    with torch._C.DisableTorchFunctionSubclass():
+        _BASE.data.__set__(tensor, data)
+    if grad is not None and grad.device != data.device:
+        tensor.grad = None
+        tensor.grad = grad.to(data.device)
+
+
+class Residency:
+    """The units of the pipelines that share modules on one device, and what happened to them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.link = Link(device) if device.type != "cpu" else None
+        self.units: dict[str, Unit] = {}
+        self.log: deque[Event] = deque(maxlen=_LOG_LENGTH)
+        self.lock = threading.RLock()
+
+    @property
+    def resident(self) -> list[Unit]:
+        """Units with weights on the device now, or on their way there or back."""
+        return [unit for unit in self.units.values() if unit.state is not State.HOST]
+
+    def enter(self, unit: Unit, keep: Collection[str]) -> None:
+        """Releases what is not in ``keep``, then has ``unit`` resident on the current stream.
+
+        Whatever is raised, every unit is left in the state HOST or RESIDENT, or is brought back
+        by the next call.
+        """
+        for other in self.resident:
+            if other is not unit and (other.name not in keep or other.state is State.LOADING):
+                self.release(other)
+        if unit.state is State.LOADING or unit.stale:
+            self.release(unit)
+        if unit.state is State.RESIDENT:
+            self._wait(unit)
+        else:
+            self._fetch(unit)
+        self.note("use", unit, 0)
+
+    def _wait(self, unit: Unit) -> None:
+        link, fetch = self.link, unit.fetch
+        if link is not None and fetch is not None and link.current_stream() not in fetch.users:
+            link.wait(fetch)
+
+    def _fetch(self, unit: Unit) -> None:
+        if self.link is None:
+            unit.state = State.RESIDENT
+            return
+        try:
+            unit.to_resident(self.link, self._copied(unit), lambda: self._make_room(unit))
+        except BaseException:
+            unit.to_host(self.link, self._copied(unit))
+            raise
+        self.note("fetch", unit, unit.nbytes, unit.fetch)
+
+    def _make_room(self, unit: Unit) -> None:
+        for other in self.resident:
+            if other is not unit:
+                self.release(other)
+
+    def release(self, unit: Unit) -> None:
+        """Gives the slot of ``unit`` back; its masters then hold its latest values."""
+        if self.link is None:
+            unit.state = State.HOST
+            return
+        unit.to_host(self.link, self._copied(unit))
+        self.note("release", unit, 0)
+
+    def release_all(self) -> None:
+        """Releases every unit and waits until no copy reads a master: the host may write them."""
+        for unit in self.resident:
+            self.release(unit)
+        for unit in self.units.values():
+            unit.finish(self.link)
+
+    def adopt(self, unit: Unit, on_copy: OnCopy) -> None:
+        """Takes ``unit`` in; its weights move to masters. Undoes itself when interrupted."""
+        if self.link is not None:
+            try:
+                unit.to_host(self.link, on_copy)
+            except BaseException:
+                unit.close(self.link)
+                raise
+        self.units[unit.name] = unit
+
+    def drop(self, unit: Unit) -> None:
+        """Gives ``unit`` back to ordinary memory."""
+        if self.link is not None:
+            unit.close(self.link)
+        unit.state = State.HOST
+        self.units.pop(unit.name, None)
+
+    def absorb(self, other: Residency) -> None:
+        """Takes over the units of another residency on the same device."""
+        other.release_all()
+        self.units.update(other.units)
+        other.units = self.units
+
+    def note(self, kind: str, unit: Unit, nbytes: int, fetch: Fetch | None = None) -> None:
+        now = slots.allocated_nbytes(self.device)
+        self.log.append(Event(kind, unit.name, nbytes, time.perf_counter(), now, fetch))
+
+    def _copied(self, unit: Unit) -> OnCopy:
+        return lambda kind, nbytes: self.note(kind, unit, nbytes)

@@ -1,0 +1,83 @@
+"""Lends and reclaims device memory.
+
+A slot is one flat allocation from torch's caching allocator, made on the compute stream; it goes
+back when its last reference does. Nothing here synchronises unless memory has run out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .units import format_nbytes
+
+_log = logging.getLogger("offload_engine")
+
+
+class OutOfDeviceMemory(torch.OutOfMemoryError):
+    """The device has no room for a component, not even after everything else was released.
+
+    ``name``, ``needed_nbytes``, ``free_nbytes`` and ``total_nbytes`` (of the device).
+    """
+
+    def __init__(self, name: str, needed_nbytes: int, device: torch.device) -> None:
+        free_nbytes, total_nbytes = memory_info(device)
+        super().__init__(
+            f"{name} needs {format_nbytes(needed_nbytes)} on {device}, where "
+            f"{format_nbytes(free_nbytes)} of {format_nbytes(total_nbytes)} are free after every "
+            f"other component was released. Use a smaller dtype, a quantised {name}, or free what "
+            "else is on the device."
+        )
+        self.name = name
+        self.needed_nbytes = needed_nbytes
+        self.free_nbytes = free_nbytes
+        self.total_nbytes = total_nbytes
+
+
+def memory_info(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes of the device; zeros where it does not say."""
+    try:
+        return torch.accelerator.get_memory_info(device)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return 0, 0
+
+
+def allocated_nbytes(device: torch.device) -> int:
+    """Bytes in live tensors on ``device``; zero on the CPU."""
+    return 0 if device.type == "cpu" else torch.accelerator.memory_allocated(device)
+
+
+def peak_nbytes(device: torch.device) -> int:
+    """The process's peak of ``allocated_nbytes``; only read, never reset: it is the user's."""
+    return 0 if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
+
+
+def lend(name: str, nbytes: int, device: torch.device, make_room: Callable[[], None]) -> Tensor:
+    """A flat device buffer (uint8, 1-D) on the current stream.
+
+    Out of memory: calls ``make_room``, gives torch's cache back, tries once more, then raises
+    OutOfDeviceMemory.
+    """
+    try:
+        return _empty(nbytes, device)
+    except torch.OutOfMemoryError:
+        _log.warning(
+            "No room for %s (%s) on %s: releasing everything else.",
+            name,
+            format_nbytes(nbytes),
+            device,
+        )
+    make_room()
+    torch.accelerator.empty_cache()
+    try:
+        return _empty(nbytes, device)
+    except torch.OutOfMemoryError as error:
+        raise OutOfDeviceMemory(name, nbytes, device) from error
+
+
+def _empty(nbytes: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)

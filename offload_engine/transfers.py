@@ -1,0 +1,120 @@
+"""The only file with streams and events: start a fetch, wait for it on the compute stream.
+
+[Note: stream protocol] The slot is allocated on the compute stream and ``granted`` recorded there
+right after: earlier work of that stream may still use the memory the allocator hands out. The
+copy stream waits for ``granted``, copies, records ``ready``. The compute stream waits for
+``ready``, then runs. When the slot is dropped, the stream it was allocated on must have waited
+for ``ready`` and for every other stream that used it; then the allocator may lend the memory
+anew on that stream without any ``record_stream``. The host never waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .host_store import Block
+
+
+class Fetch:
+    """A slot and the copies on their way into it: a (buffer, event) pair with its streams."""
+
+    def __init__(self, flat: Tensor, owner: torch.Stream) -> None:
+        self.flat: Tensor | None = flat
+        self.owner = owner  # the stream that the slot was allocated on
+        self.users: list[torch.Stream] = []  # streams that waited for it, the owner included
+        self.began: torch.Event | None = None
+        self.ready: torch.Event | None = None
+        self.stalled: torch.Event | None = None  # on the owner, right before it waited
+        self.resumed: torch.Event | None = None  # on the owner, right after
+
+
+class Link:
+    """The host-to-device copy path of one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.copy_stream = torch.Stream(device=device)
+        self.current_key = _stream_key(device)
+
+    def current_stream(self) -> torch.Stream:
+        return torch.accelerator.current_stream(self.device)
+
+    def start(self, flat: Tensor, blocks: Sequence[tuple[Block, int]], fetch: Fetch) -> None:
+        """Queues the copy of each block to its offset in ``flat``; see [Note: stream protocol].
+
+        ``fetch.ready`` is set before the first copy is queued, so that an exception in between
+        leaves a fetch that `join` can order.
+        """
+        granted = torch.Event(device=self.device)
+        granted.record(fetch.owner)
+        fetch.began = torch.Event(device=self.device, enable_timing=True)
+        ready = torch.Event(device=self.device, enable_timing=True)
+        with self.copy_stream, torch.inference_mode(False), torch.no_grad():
+            self.copy_stream.wait_event(granted)
+            fetch.began.record(self.copy_stream)
+            try:
+                for block, offset in blocks:
+                    for start, stop in block.pieces():
+                        target = flat[offset + start : offset + stop]
+                        target.copy_(block.flat[start:stop], non_blocking=True)
+            finally:
+                ready.record(self.copy_stream)
+                fetch.ready = ready
+
+    def wait(self, fetch: Fetch) -> None:
+        """Makes the current stream wait for the copies; only the owner's wait is timed."""
+        assert fetch.ready is not None
+        stream = self.current_stream()
+        if stream == fetch.owner and fetch.stalled is None:
+            fetch.stalled = torch.Event(device=self.device, enable_timing=True)
+            fetch.resumed = torch.Event(device=self.device, enable_timing=True)
+            fetch.stalled.record(stream)
+            stream.wait_event(fetch.ready)
+            fetch.resumed.record(stream)
+        else:
+            stream.wait_event(fetch.ready)
+        fetch.users.append(stream)
+
+    def join(self, fetch: Fetch) -> None:
+        """Orders the slot's owner and the current stream behind every use of the slot.
+
+        After it the slot may be dropped, and what it holds may be read on the current stream.
+        """
+        here = self.current_stream()
+        for stream in {fetch.owner, here} if fetch.owner != here else {here}:
+            if fetch.ready is not None and stream not in fetch.users:
+                stream.wait_event(fetch.ready)
+            for user in fetch.users:
+                if user != stream:
+                    used = torch.Event(device=self.device)
+                    used.record(user)
+                    stream.wait_event(used)
+
+    def finish(self, fetch: Fetch) -> None:
+        """Blocks the host until the copies have left host memory; mostly they have long."""
+        if fetch.ready is not None and not fetch.ready.query():
+            fetch.ready.synchronize()
+
+
+def elapsed_seconds(start: torch.Event | None, end: torch.Event | None) -> float:
+    """Device time between two events; 0.0 where the device does not time. Waits for ``end``."""
+    if start is None or end is None:
+        return 0.0
+    try:
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    except (RuntimeError, NotImplementedError, ValueError):
+        return 0.0
+
+
+def _stream_key(device: torch.device) -> Callable[[], Any]:
+    """A cheap call that tells the current streams of ``device`` apart by equality."""
+    if device.type == "cuda":
+        raw: Callable[[int], int] = torch._C._cuda_getCurrentRawStream  # type: ignore[attr-defined]
+        index = device.index
+        return lambda: raw(index)
+    return lambda: torch.accelerator.current_stream(device)
