@@ -90,11 +90,15 @@ class Entry:
         return nothing
 
     def __reduce__(self) -> Any:
-        return nothing.__name__
+        return _get_nothing, ()
 
 
 def nothing(module: nn.Module, args: Any, kwargs: Any) -> None:
     """What the copy of a hooked module has in the place of its hooks."""
+
+
+def _get_nothing() -> Any:
+    return nothing
 
 
 class MethodEntry:
