@@ -30,7 +30,9 @@ def _doctor(device_name: str | None, mib: int) -> int:
     from .host_store import HostStore, machine_nbytes
     from .units import format_nbytes
 
-    print(f"offload_engine {__version__}, torch {torch.__version__}, python {sys.version.split()[0]}")
+    print(
+        f"offload_engine {__version__}, torch {torch.__version__}, python {sys.version.split()[0]}"
+    )
     print(f"host memory that may be used: {format_nbytes(machine_nbytes())}")
     store = HostStore(torch.device("cpu"))
     print(f"most of it that pin='auto' pins: {format_nbytes(store.limit_nbytes or 0)}")
@@ -73,7 +75,7 @@ def _bandwidth(device: object, nbytes: int, pin: bool) -> float:
         best = max(best, nbytes / seconds if seconds else 0.0)
         link.join(fetch)
         fetch.flat = None
-    store.free(block)
+    block.close()
     return best
 
 

@@ -90,7 +90,7 @@ class Engine:
         self._undo: list[Callable[[], None]] = []
         self.component_names: frozenset[str] = frozenset(pipeline.components)
         try:
-            self._undo.append(_count_engine())
+            self._undo.append(weakref.finalize(self, _count_engine()))
             self._mount_all(progress=True)
             if before is not None:
                 before.detach()
@@ -149,7 +149,7 @@ class Engine:
     def release(self) -> None:
         """Gives all device memory of the components back now, torch's cached blocks included."""
         self._walker.release_all()
-        self._end_round()
+        self._idle()
         if self.device.type != "cpu":
             torch.accelerator.empty_cache()
 
@@ -159,7 +159,7 @@ class Engine:
             return
         self._attached = False
         with self._residency.lock:
-            self._walker.current = None
+            self._walker.leave()
             for name in list(self._mounts):
                 self._unmount(name)
             for module in self._placed.values():
@@ -221,7 +221,7 @@ class Engine:
         """``maybe_free_model_hooks``: everything off the device."""
         self._walker.release_all()
         if self._depth == 0:
-            self._end_round()
+            self._idle()
             self.refresh()
 
     def refresh(self) -> None:
@@ -286,13 +286,12 @@ class Engine:
             self._sequence = learn([names[unit] for unit in trace if unit in names])
 
     def _idle(self) -> None:
-        """Outside of calls: components that the user runs by hand are followed just as well."""
-        self._walker.cursor, self._walker.on_wrap = self._cursor(), self._end_round
+        """Outside of calls: components that the user runs by hand are followed just as well.
 
-    def _end_round(self) -> None:
+        Nothing is learned from them: who runs a part by hand has not shown how the whole runs.
+        """
         if self._depth == 0 and self._attached:
-            self._learn(self._walker.cursor.trace)
-            self._idle()
+            self._walker.cursor, self._walker.on_wrap = self._cursor(), self._idle
 
     def _mount_all(self, progress: bool) -> None:
         """Mounts every component that is not; on failure those mounted here are taken down."""
@@ -322,11 +321,11 @@ class Engine:
     ) -> Iterator[tuple[dict[str, nn.Module], list[_Mount]]]:
         """Components that must move together, since they share weights; mounts they share with."""
         names = list(new)
-        others = [module for module in _MOUNTS if module not in set(new.values())]
-        for group in sharing([*new.values(), *others]):
+        others = [(mount, module) for mount in _mounts for module in mount.unit.modules]
+        for group in sharing([*new.values(), *(module for _, module in others)]):
             found = {names[i]: new[names[i]] for i in group if i < len(names)}
             if found:
-                yield found, [_MOUNTS[others[i - len(names)]] for i in group if i >= len(names)]
+                yield found, [others[i - len(names)][0] for i in group if i >= len(names)]
 
     @contextlib.contextmanager
     def _progress(
@@ -346,7 +345,7 @@ class Engine:
         on_copy: Callable[[str, int], None],
     ) -> None:
         modules = tuple(dict.fromkeys(group.values()))
-        held = next(iter([*sharers, *(_MOUNTS[m] for m in modules if m in _MOUNTS)]), None)
+        held = next(iter(sharers), None)
         if held is None:
             held = self._new_mount(next(iter(group)), modules, on_copy)
         elif held.walker.residency.device != self.device:
@@ -378,7 +377,7 @@ class Engine:
         if walker is self._walker:
             return
         walker.residency.absorb(self._walker.residency)
-        for held in set(_MOUNTS.values()):
+        for held in list(_mounts):
             if held.walker is self._walker:
                 held.move_to(walker)
         self._walker = walker
@@ -397,9 +396,7 @@ class Engine:
         else:
             module.to(self.device)
         self._placed[name] = module
-        hook = HfHook(None, lambda: None)
-        hook.execution_device = self.device
-        module.__dict__["_hf_hook"] = hook
+        module.__dict__["_hf_hook"] = HfHook(self.device, None, None)
 
 
 class _Mount:
@@ -409,11 +406,10 @@ class _Mount:
         self.unit = unit
         self.walker = walker
         self.users: list[Engine] = []
-        self._uninstall = install(unit, walker, self._detach)
-        for module in unit.modules:
-            _MOUNTS[module] = self
+        self._uninstall = install(unit, walker, self)
+        _mounts.add(self)
 
-    def _detach(self) -> None:
+    def detach(self) -> None:
         """Somebody removed the hooks from outside (accelerate's remove_hook_from_module)."""
         for engine in list(self.users):
             engine.detach()
@@ -431,20 +427,22 @@ class _Mount:
         self.walker.release_all()
         self._uninstall()
         self.unit.modules, self.walker = modules, walker
-        self._uninstall = install(self.unit, walker, self._detach)
-        for module in modules:
-            _MOUNTS[module] = self
+        self._uninstall = install(self.unit, walker, self)
 
     def close(self) -> None:
-        if self.walker.current is self.unit:
-            self.walker.current = None
+        self.walker.leave()
         self._uninstall()
         self.walker.residency.drop(self.unit)
-        for module in self.unit.modules:
-            _MOUNTS.pop(module, None)
+        _mounts.discard(self)
 
 
-_MOUNTS: weakref.WeakKeyDictionary[nn.Module, _Mount] = weakref.WeakKeyDictionary()
+_mounts: weakref.WeakSet[_Mount] = weakref.WeakSet()
+
+
+def _mount_of(module: nn.Module) -> _Mount | None:
+    return getattr(module.__dict__.get("_hf_hook"), "owner", None)
+
+
 _engines = 0
 _unwatch_optimizers: Callable[[], None] | None = None
 

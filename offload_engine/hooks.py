@@ -6,16 +6,17 @@ through any submodule while the weights are on the host. Nothing is decided here
 what may stay, the residency moves.
 
 [Note: doors] A submodule may be called before its component. While a unit is on the host its
-submodules carry a pre-hook, its door; a fetch takes the doors off again, so that the forward of a
-resident component pays for its root hook only.
+submodules carry a pre-hook, the door. Entered through a door, it keeps its doors on, since what
+comes next may enter by another one and bring arguments that were left on the host. Entered through
+its root, it takes them off: the forward of a resident component pays for its root hook only.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Optional, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +31,17 @@ _ENTRY_METHODS = re.compile(
     r"|get_\w+_features|get_image_tokens|get_codebook_entry"
 )
 
+_HOST = torch.device("cpu")
+
 
 class Walker:
     """Walks one residency through the sequence of the call that is under way."""
 
     def __init__(self, residency: Residency) -> None:
         self.residency = residency
-        self.current: Unit | None = None  # the unit that ran last, if it is resident
+        self.current: Unit | None = None  # the unit that ran last, entered through its root
+        self.at_door: Unit | None = None  # the unit that ran last, entered through a submodule
+        self.inside: list[tuple[nn.Module, bool]] = []  # submodules entered; from the host?
         self.stream: Any = None  # the key of the stream it ran on
         self.stream_key: Callable[[], Any] = lambda: None
         if residency.link is not None:
@@ -44,24 +49,34 @@ class Walker:
         self.cursor = Cursor(Sequence(()))
         self.on_wrap: Callable[[], None] | None = None  # what to do when a round begins anew
 
-    def enter(self, unit: Unit) -> None:
+    def enter(self, unit: Unit, *, by_door: bool = False) -> None:
         """Has ``unit`` resident on the current stream, and what the cursor allows beside it."""
         with self.residency.lock:
-            self.current = None
+            self.leave()
             if self.on_wrap is not None and self.cursor.wraps(unit.name):
                 self.on_wrap()
             self.residency.enter(unit, self.cursor.enter(unit.name))
             self.stream = self.stream_key()
+            if by_door:
+                self.at_door = unit
+                return
+            if unit.doors is not None:
+                unit.doors.disarm()
             self.current = unit
+
+    def leave(self) -> None:
+        """No unit is known to be ready: the next entry looks at everything again."""
+        self.current = self.at_door = None
+        self.inside.clear()
 
     def release_all(self) -> None:
         with self.residency.lock:
-            self.current = None
+            self.leave()
             self.residency.release_all()
 
 
 class Entry:
-    """The pre-hook of a component's root and of its submodules while these are doors."""
+    """The pre-hook of a component's root; the gate that its other entries use."""
 
     __slots__ = ("device", "unit", "walker")
 
@@ -91,6 +106,37 @@ class Entry:
 
     def __reduce__(self) -> Any:
         return _get_nothing, ()
+
+
+class Door(Entry):
+    """The pre-hook of a submodule while its unit was not entered through the root."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        walker = self.walker
+        if walker.at_door is not self.unit or walker.stream_key() != walker.stream:
+            walker.enter(self.unit, by_door=True)
+        walker.inside.append((module, _all_on_host([args, kwargs])))
+        return to_device(args, self.device), to_device(kwargs, self.device)
+
+
+class DoorExit(Entry):
+    """The hook behind a submodule: who came with tensors on the host gets the result there.
+
+    Some pipelines ask ``text_encoder.device``, which is the host, prepare everything there and
+    call submodules (Ideogram4).
+    """
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        inside = self.walker.inside
+        while inside:
+            entered, from_host = inside.pop()
+            if entered is module:
+                return to_device(output, _HOST) if from_host else None
+        return None
 
 
 def nothing(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -133,8 +179,15 @@ class ApplyWatch(MethodEntry):
         finally:
             walker, unit = self._entry.walker, self._entry.unit
             unit.after_apply(walker.residency.link)
-            if unit.stale and walker.current is unit:
-                walker.current = None
+            if unit.stale:
+                walker.leave()
+
+
+class _Detachable(Protocol):
+    def detach(self) -> None: ...
+
+
+Owner = Optional[_Detachable]
 
 
 class HfHook:
@@ -142,10 +195,10 @@ class HfHook:
 
     no_grad = False
 
-    def __init__(self, entry: Entry | None, detach: Callable[[], None]) -> None:
+    def __init__(self, device: torch.device | None, entry: Entry | None, owner: Owner) -> None:
+        self.execution_device = device
+        self.owner = owner  # who is asked to detach; None: nobody
         self._entry = entry
-        self._detach = detach
-        self.execution_device = entry.device if entry is not None else None
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         return module
@@ -160,52 +213,55 @@ class HfHook:
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Takes the engine off this module; called by accelerate when it removes hooks."""
-        self._detach()
+        if self.owner is not None:
+            self.owner.detach()
         return module
 
     def __deepcopy__(self, memo: Any) -> HfHook:
-        return HfHook(None, _do_nothing)
+        return HfHook(None, None, None)
 
     def __reduce__(self) -> Any:
-        return HfHook, (None, _do_nothing)
-
-
-def _do_nothing() -> None:
-    pass
+        return HfHook, (None, None, None)
 
 
 class UnitDoors:
     """See [Note: doors]."""
 
-    def __init__(self, entry: Entry, roots: Iterable[nn.Module], hook_id: int) -> None:
-        self._entry = entry
-        self._roots = {id(root) for root in roots}
+    def __init__(self, walker: Walker, unit: Unit, hook_id: int) -> None:
+        self._door = Door(walker, unit)
+        self._exit = DoorExit(walker, unit)
+        self._unit = unit
         self._hook_id = hook_id
         self._armed: list[nn.Module] = []
 
     def arm(self, modules: Iterable[nn.Module]) -> None:
         if self._armed:
             self.disarm()
-        self._armed = [module for module in modules if id(module) not in self._roots]
+        self._armed = [module for module in modules if module not in self._unit.modules]
         for module in self._armed:
-            module._forward_pre_hooks[self._hook_id] = self._entry
+            module._forward_pre_hooks[self._hook_id] = self._door
             module._forward_pre_hooks_with_kwargs[self._hook_id] = True
+            module._forward_hooks[self._hook_id] = self._exit
 
     def disarm(self) -> None:
         for module in self._armed:
             module._forward_pre_hooks.pop(self._hook_id, None)
             module._forward_pre_hooks_with_kwargs.pop(self._hook_id, None)
+            module._forward_hooks.pop(self._hook_id, None)
         self._armed = []
 
 
-def install(unit: Unit, walker: Walker, on_detach: Callable[[], None]) -> Callable[[], None]:
-    """Puts every entry on the modules of ``unit``; returns the undo. All or nothing."""
+def install(unit: Unit, walker: Walker, owner: Owner) -> Callable[[], None]:
+    """Puts every entry on the modules of ``unit``; returns the undo. All or nothing.
+
+    ``owner``: what the modules' ``_hf_hook`` belongs to and asks to detach.
+    """
     undo: list[Callable[[], None]] = []
     entry = Entry(walker, unit)
     try:
-        hook_ids = [_install_root(module, entry, on_detach, undo) for module in unit.modules]
+        hook_ids = [_install_root(module, entry, owner, undo) for module in unit.modules]
         if walker.residency.link is not None:
-            doors = UnitDoors(entry, unit.modules, hook_ids[0])
+            doors = UnitDoors(walker, unit, hook_ids[0])
             unit.doors = doors
             undo.append(doors.disarm)
             if unit.state is State.HOST:
@@ -217,11 +273,11 @@ def install(unit: Unit, walker: Walker, on_detach: Callable[[], None]) -> Callab
 
 
 def _install_root(
-    module: nn.Module, entry: Entry, on_detach: Callable[[], None], undo: list[Callable[[], None]]
+    module: nn.Module, entry: Entry, owner: Owner, undo: list[Callable[[], None]]
 ) -> int:
     handle = module.register_forward_pre_hook(entry, prepend=True, with_kwargs=True)
     undo.append(handle.remove)
-    module._hf_hook = HfHook(entry, on_detach)  # type: ignore[assignment]
+    module._hf_hook = HfHook(entry.device, entry, owner)  # type: ignore[assignment]
     undo.append(functools.partial(_remove_attribute, module, "_hf_hook"))
     for name in _entry_methods(module):
         _shadow(module, name, MethodEntry(entry, module, name), undo)
@@ -251,6 +307,20 @@ def _entry_methods(module: nn.Module) -> list[str]:
 def _run(undo: list[Callable[[], None]]) -> None:
     while undo:
         undo.pop()()
+
+
+def _all_on_host(value: Any) -> bool:
+    """Whether ``value`` holds tensors, and all of them on the host."""
+    places = {tensor.device.type for tensor in _tensors(value)}
+    return places == {"cpu"}
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

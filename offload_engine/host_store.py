@@ -14,6 +14,8 @@ import ctypes
 import itertools
 import logging
 import mmap
+import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,10 +37,14 @@ class Block:
     Whoever keeps a tensor carved from it keeps the memory alive, also after ``close``.
     """
 
-    def __init__(self, flat: Tensor, *, pinned: bool, unpin: Callable[[], None] | None) -> None:
+    registered = False  # pinned where it lies, and unpinned there; else allocated as pinned
+
+    def __init__(self, flat: Tensor, *, unpin: Callable[[], None] | None = None) -> None:
+        """``unpin``: takes a pinned block off the ledger; None: it is pageable."""
         self.flat = flat  # uint8, 1-D
-        self.pinned = pinned
-        self._unpin = unpin
+        self.pinned = unpin is not None
+        # Also where nobody closes the block: its pipeline was dropped while attached.
+        self._unpin = None if unpin is None else weakref.finalize(self, unpin)
         self._spans: dict[int, Tensor] = {}
 
     @property
@@ -62,17 +68,21 @@ class Block:
             self._spans[view.span_start] = torch.from_numpy(array)
         return self._spans[view.span_start]
 
-    def close(self) -> bool:
-        """Unpins the memory; the caller has waited for every copy from it.
+    def register(self, unpin: Callable[[], None]) -> None:
+        """The filled memory has been pinned where it lies; ``unpin`` undoes that."""
+        self.registered = self.pinned = True
+        self._unpin = weakref.finalize(self, unpin)
 
-        True where tensors carved from it may live on, as pageable memory of exactly their size.
+    def close(self) -> bool:
+        """Gives the memory back; the caller has waited for every copy from it.
+
+        True where it is not pinned any more, so that tensors carved from it may live on in it.
         """
         self._spans.clear()
-        if self._unpin is None:
-            return not self.pinned
-        self._unpin()
-        self.pinned, self._unpin = False, None
-        return True
+        if self._unpin is not None:
+            self._unpin()
+        self.pinned = self.pinned and not self.registered
+        return not self.pinned
 
 
 class HostStore:
@@ -93,9 +103,9 @@ class HostStore:
         On CUDA it is pinned by ``seal``, after it was filled.
         """
         if self.device.type == "cpu" or not self._may_pin(nbytes):
-            return Block(_anonymous(nbytes), pinned=False, unpin=None)
+            return Block(_anonymous(nbytes))
         if self.device.type == "cuda":
-            return Block(_anonymous(nbytes), pinned=False, unpin=None)
+            return Block(_anonymous(nbytes))
         return self._torch_pinned(nbytes)
 
     def seal(self, block: Block) -> None:
@@ -107,33 +117,15 @@ class HostStore:
         except RuntimeError as error:
             self._warn(block.nbytes, str(error))
             return
-        block.pinned = True
-        block._unpin = self._booked(block.nbytes, unregister)
+        block.register(_booked(block.nbytes, unregister))
 
     def _torch_pinned(self, nbytes: int) -> Block:
         try:
             flat = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         except (RuntimeError, MemoryError) as error:
             self._warn(nbytes, str(error).splitlines()[0])
-            return Block(_anonymous(nbytes), pinned=False, unpin=None)
-        block = Block(flat, pinned=True, unpin=None)
-        HostStore.pinned_nbytes += nbytes
-        return block
-
-    def free(self, block: Block) -> bool:
-        """Takes ``block`` off the ledger and unpins it; see Block.close."""
-        if block.pinned and block._unpin is None:
-            HostStore.pinned_nbytes -= block.nbytes
-        return block.close()
-
-    def _booked(self, nbytes: int, unregister: Callable[[], None]) -> Callable[[], None]:
-        HostStore.pinned_nbytes += nbytes
-
-        def unpin() -> None:
-            HostStore.pinned_nbytes -= nbytes
-            unregister()
-
-        return unpin
+            return Block(_anonymous(nbytes))
+        return Block(flat, unpin=_booked(nbytes, lambda: None))
 
     def _may_pin(self, nbytes: int) -> bool:
         if nbytes == 0:
@@ -156,6 +148,17 @@ class HostStore:
             format_nbytes(HostStore.pinned_nbytes),
             why,
         )
+
+
+def _booked(nbytes: int, unregister: Callable[[], None]) -> Callable[[], None]:
+    """Books ``nbytes`` as pinned; returns what takes them off the ledger and unregisters them."""
+    HostStore.pinned_nbytes += nbytes
+
+    def unpin() -> None:
+        HostStore.pinned_nbytes -= nbytes
+        unregister()
+
+    return unpin
 
 
 def trim() -> None:
@@ -207,6 +210,8 @@ def register(flat: Tensor, registrar: Registrar) -> Callable[[], None]:
     done: list[int] = []
 
     def undo() -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # torch does not keep the memory for copies in flight
         while done:
             do_unregister(done.pop())
 
@@ -250,8 +255,6 @@ def machine_nbytes() -> int:
 
 
 def _physical_nbytes() -> int:
-    import os
-
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

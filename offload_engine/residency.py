@@ -178,7 +178,7 @@ class Unit:
         used = {id(weight.block) for weight in self._weights.values()}
         for block in [block for block in self._blocks if id(block) not in used]:
             self._blocks.remove(block)
-            self._store.free(block)
+            block.close()
 
     def _adopt(self, fresh: list[Tensor], book: OnCopy) -> None:
         """Gives new tensors a block of their own and moves them in, one at a time."""
@@ -226,8 +226,6 @@ class Unit:
         with torch.inference_mode(False), torch.no_grad():
             self._point_to(TypedFlat(flat), start_of)
         self.state = State.RESIDENT
-        if self.doors is not None:
-            self.doors.disarm()
 
     def _point_to(self, flat: TypedFlat, start_of: dict[int, int]) -> None:
         wrapped = self._wrap(flat, start_of) if self._found.wrappers else ()
@@ -286,7 +284,7 @@ class Unit:
         self.finish(link)
         while self._blocks:
             block = self._blocks.pop()
-            if not self._store.free(block):
+            if not block.close():
                 self._move_out(block)
         self._weights.clear()
         self._found = Scan()

@@ -168,12 +168,11 @@ class Cursor:
     def wraps(self, name: str) -> bool:
         """True where ``name`` begins the sequence anew and the last use ended it.
 
-        It tells one request from the next where nothing else does. Two stages that alternate
-        cannot be told from a loop, so it takes three.
+        It tells one round from the next where no call does: components run by hand.
         """
         stages = self.sequence.stages
         return (
-            len(stages) > 2
+            len(stages) > 1
             and bool(self.trace)
             and self.trace[-1] in stages[-1]
             and name in stages[0]

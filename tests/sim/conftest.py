@@ -8,7 +8,9 @@ from offload_engine import sim
 
 
 def total_nbytes(module):
-    return sum(t.nbytes for t in {id(t): t for t in (*module.parameters(), *module.buffers())}.values())
+    return sum(
+        t.nbytes for t in {id(t): t for t in (*module.parameters(), *module.buffers())}.values()
+    )
 
 
 @pytest.fixture

@@ -89,10 +89,10 @@ def test_a_copy_and_a_pickle_of_a_component_are_free_of_the_engine():
     with offload_engine.attach(modules, "a->b", device="cpu"):
         expected = modules["b"](x)
         for other in (copy.deepcopy(modules["b"]), pickle.loads(pickle.dumps(modules["b"]))):
-            uses = offload_engine.engine._MOUNTS[modules["b"]].walker.cursor.trace.copy()
+            uses = offload_engine.engine._mount_of(modules["b"]).walker.cursor.trace.copy()
             assert torch.equal(other(x), expected)
-            assert other not in offload_engine.engine._MOUNTS
-            assert offload_engine.engine._MOUNTS[modules["b"]].walker.cursor.trace == uses
+            assert offload_engine.engine._mount_of(other) is None
+            assert offload_engine.engine._mount_of(modules["b"]).walker.cursor.trace == uses
 
 
 def test_attaching_again_replaces():

@@ -41,7 +41,7 @@ def test_memory_is_registered_in_pieces_that_copies_do_not_cross(small_pieces):
     undo = register(flat, driver.registrar)
     start = flat.data_ptr()
     assert driver.pieces == {start: 4096, start + 4096: 4096, start + 8192: 10_000 - 8192}
-    pieces = Block(flat, pinned=True, unpin=undo).pieces()
+    pieces = Block(flat).pieces()
     assert [(start + a, b - a) for a, b in pieces] == list(driver.pieces.items())
     undo()
     assert driver.pieces == {}
@@ -57,7 +57,7 @@ def test_a_registration_that_fails_halfway_is_taken_back(small_pieces):
 def test_a_carved_weight_saves_only_itself(tmp_path):
     tensors = [torch.randn(100, 100), torch.randn(10)]
     nbytes, views = layout(tensors)
-    block = Block(host_store._anonymous(nbytes), pinned=False, unpin=None)
+    block = Block(host_store._anonymous(nbytes))
     small = block.carve(views[1])
     assert small.untyped_storage().nbytes() == 40
     torch.save(small, tmp_path / "w.pt")
@@ -67,7 +67,7 @@ def test_a_carved_weight_saves_only_itself(tmp_path):
 def test_aliases_carved_from_a_block_share_their_storage():
     whole = torch.randn(8, 8)
     nbytes, views = layout([whole, whole[2:4]])
-    block = Block(host_store._anonymous(nbytes), pinned=False, unpin=None)
+    block = Block(host_store._anonymous(nbytes))
     left, right = block.carve(views[0]), block.carve(views[1])
     left.fill_(3.0)
     assert (right == 3.0).all()
@@ -75,7 +75,7 @@ def test_aliases_carved_from_a_block_share_their_storage():
 
 def test_what_was_carved_outlives_its_block():
     nbytes, views = layout([torch.randn(1000)])
-    block = Block(host_store._anonymous(nbytes), pinned=False, unpin=None)
+    block = Block(host_store._anonymous(nbytes))
     weight = block.carve(views[0])
     weight.fill_(5.0)
     assert block.close()
