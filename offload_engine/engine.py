@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 
 from . import slots
 from .errors import ComponentError, DeviceError
-from .hooks import HfHook, Walker, install
+from .hooks import HfHook, Undo, Walker, install, run_back
 from .host_store import HostStore
-from .pipeline import Pipeline, engine_of, is_bitsandbytes_8bit
+from .pipeline import Pipeline, calls_on_stack, engine_of, is_bitsandbytes_8bit
 from .report import Report, build_report
 from .residency import Residency, Unit
 from .segments import sharing
@@ -82,19 +82,19 @@ class Engine:
         self._walker = Walker(residency)
         self._mounts: dict[str, _Mount] = {}  # component name -> mount
         self._placed: dict[str, nn.Module] = {}  # excluded components, on the device for good
-        self._depth = 0
-        self._saved: list[tuple[Cursor, Callable[[], None] | None]] = []
+        # Of each call that is under way, the cursor that it interrupted.
+        self._calls: list[tuple[Cursor, Callable[[], None] | None]] = []
         self._solo = False  # a loop did not fit: one component at a time from now on
         self._attached = True
         self._peaks = (0, 0)
-        self._undo: list[Callable[[], None]] = []
+        self._undo: Undo = []
         self.component_names: frozenset[str] = frozenset(pipeline.components)
         try:
             self._undo.append(weakref.finalize(self, _count_engine()))
             self._mount_all(progress=True)
             if before is not None:
                 before.detach()
-            self._undo.append(pipeline.attach(self, residency.device))
+            pipeline.attach(self, residency.device, self._undo)
             self._idle()
         except BaseException:
             self.detach()
@@ -143,7 +143,7 @@ class Engine:
             device=self.device,
             sequence=self._sequence,
             peak_before_nbytes=self._peaks[0],
-            peak_nbytes=slots.peak_nbytes(self.device) if self._depth else self._peaks[1],
+            peak_nbytes=slots.peak_nbytes(self.device) if self._calls else self._peaks[1],
         )
 
     def release(self) -> None:
@@ -157,17 +157,17 @@ class Engine:
         """Undoes everything: the pipeline is as before, its weights in ordinary host memory."""
         if not self._attached:
             return
-        self._attached = False
         with self._residency.lock:
             self._walker.leave()
             for name in list(self._mounts):
                 self._unmount(name)
-            for module in self._placed.values():
+            while self._placed:
+                module = next(iter(self._placed.values()))
                 module.to("cpu")
                 _take_off_protocol(module)
-            self._placed.clear()
-            while self._undo:
-                self._undo.pop()()
+                self._placed.popitem()
+            run_back(self._undo)
+            self._attached = False
 
     def __enter__(self) -> Engine:
         return self
@@ -185,22 +185,24 @@ class Engine:
 
     def begin_call(self) -> None:
         """The pipeline was called."""
-        self.refresh()
         walker = self._walker
-        if self._depth == 0:
+        del self._calls[calls_on_stack(self) - 1 :]
+        if not self._calls:
+            self.refresh()
             peak = slots.peak_nbytes(self.device)
             self._peaks = (peak, peak)
             self._residency.log.clear()
-        self._depth += 1
-        self._saved.append((walker.cursor, walker.on_wrap))
+        self._calls.append((walker.cursor, walker.on_wrap))
         walker.cursor, walker.on_wrap = self._cursor(), None
 
     def end_call(self, error: BaseException | None) -> None:
         """The call returned, or raised ``error``: learn from it, and give the memory back."""
         walker = self._walker
         trace = walker.cursor.trace
-        self._depth -= 1
-        walker.cursor, walker.on_wrap = self._saved.pop()
+        depth = calls_on_stack(self) - 1
+        if len(self._calls) > depth:
+            walker.cursor, walker.on_wrap = self._calls[depth]
+            del self._calls[depth:]
         if error is None:
             self._learn(trace)
         elif isinstance(error, torch.OutOfMemoryError):
@@ -213,14 +215,14 @@ class Engine:
             if error is None:
                 raise
             _log.exception("Could not release every component; the next call will.")
-        if self._depth == 0:
+        if not self._calls:
             self._peaks = (self._peaks[0], slots.peak_nbytes(self.device))
             self._idle()
 
     def free(self) -> None:
         """``maybe_free_model_hooks``: everything off the device."""
         self._walker.release_all()
-        if self._depth == 0:
+        if not self._calls:
             self._idle()
             self.refresh()
 
@@ -290,7 +292,7 @@ class Engine:
 
         Nothing is learned from them: who runs a part by hand has not shown how the whole runs.
         """
-        if self._depth == 0 and self._attached:
+        if not self._calls and self._attached:
             self._walker.cursor, self._walker.on_wrap = self._cursor(), self._idle
 
     def _mount_all(self, progress: bool) -> None:
@@ -300,7 +302,6 @@ class Engine:
         new = {n: m for n, m in modules.items() if n not in self._mounts and n not in self._placed}
         stay = {n for n, m in new.items() if n in excluded or is_bitsandbytes_8bit(m)}
         on_device = any(not _on_cpu(module) for module in new.values())
-        done: list[str] = []
         try:
             for name in stay:
                 self._place(name, new[name])
@@ -308,9 +309,8 @@ class Engine:
             with self._progress(moving, progress) as on_copy:
                 for group, sharers in self._groups(moving):
                     self._mount(group, sharers, on_copy)
-                    done += group
         except BaseException:
-            for name in done:
+            for name in new.keys() & self._mounts.keys():
                 self._unmount(name)
             raise
         if on_device and self.device.type != "cpu":
@@ -347,7 +347,7 @@ class Engine:
         modules = tuple(dict.fromkeys(group.values()))
         held = next(iter(sharers), None)
         if held is None:
-            held = self._new_mount(next(iter(group)), modules, on_copy)
+            held = _Mount(self._new_unit(next(iter(group)), modules), self._walker)
         elif held.walker.residency.device != self.device:
             raise ComponentError(
                 f"{', '.join(group)} is already offloaded to {held.walker.residency.device} by "
@@ -356,21 +356,13 @@ class Engine:
             )
         else:
             self._join(held.walker)
-            held.extend(modules)
-        held.users.append(self)
         self._mounts.update(dict.fromkeys(group, held))
+        held.users.append(self)
+        held.open(modules, on_copy)
 
-    def _new_mount(
-        self, name: str, modules: tuple[nn.Module, ...], on_copy: Callable[[str, int], None]
-    ) -> _Mount:
+    def _new_unit(self, name: str, modules: tuple[nn.Module, ...]) -> Unit:
         taken = self._residency.units
-        unit = Unit(next(n for n in _candidates(name) if n not in taken), modules, self._store)
-        self._residency.adopt(unit, on_copy)
-        try:
-            return _Mount(unit, self._walker)
-        except BaseException:
-            self._residency.drop(unit)
-            raise
+        return Unit(next(n for n in _candidates(name) if n not in taken), modules, self._store)
 
     def _join(self, walker: Walker) -> None:
         """Shares the residency of another pipeline: one view of what is on the device."""
@@ -383,11 +375,12 @@ class Engine:
         self._walker = walker
 
     def _unmount(self, name: str) -> None:
-        held = self._mounts.pop(name)
-        if held not in self._mounts.values():
-            held.users.remove(self)
-        if not held.users:
-            held.close()
+        held = self._mounts[name]
+        if list(self._mounts.values()).count(held) == 1:
+            held.users[:] = [user for user in held.users if user is not self]
+            if not held.users:
+                held.close()
+        del self._mounts[name]
 
     def _place(self, name: str, module: nn.Module) -> None:
         """On the device for good: excluded from offload, or of a kind that cannot move."""
@@ -406,32 +399,37 @@ class _Mount:
         self.unit = unit
         self.walker = walker
         self.users: list[Engine] = []
-        self._uninstall = install(unit, walker, self)
+        self._undo: Undo = []
+
+    def open(self, modules: tuple[nn.Module, ...], on_copy: Callable[[str, int], None]) -> None:
+        """Moves the weights to masters and puts the entries on; again for more ``modules``, which
+        share weights with those it has."""
+        new = tuple(module for module in modules if module not in self.unit.modules)
+        if new or not self._undo:
+            run_back(self._undo)
+            self.unit.modules += new
+            self.walker.residency.adopt(self.unit, on_copy)
+            self._install()
+
+    def move_to(self, walker: Walker) -> None:
+        """Changes over to the walker of another pipeline that shares modules with this one."""
+        run_back(self._undo)
+        self.walker = walker
+        self._install()
+
+    def _install(self) -> None:
         _mounts.add(self)
+        install(self.unit, self.walker, self, self._undo)
 
     def detach(self) -> None:
         """Somebody removed the hooks from outside (accelerate's remove_hook_from_module)."""
         for engine in list(self.users):
             engine.detach()
 
-    def extend(self, modules: tuple[nn.Module, ...]) -> None:
-        """Takes in modules that share weights with those it has."""
-        new = tuple(module for module in modules if module not in self.unit.modules)
-        if new:
-            self._reinstall((*self.unit.modules, *new), self.walker)
-
-    def move_to(self, walker: Walker) -> None:
-        self._reinstall(self.unit.modules, walker)
-
-    def _reinstall(self, modules: tuple[nn.Module, ...], walker: Walker) -> None:
-        self.walker.release_all()
-        self._uninstall()
-        self.unit.modules, self.walker = modules, walker
-        self._uninstall = install(self.unit, walker, self)
-
     def close(self) -> None:
+        """Takes the entries off and gives the weights ordinary memory."""
         self.walker.leave()
-        self._uninstall()
+        run_back(self._undo)
         self.walker.residency.drop(self.unit)
         _mounts.discard(self)
 

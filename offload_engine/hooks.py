@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Optional, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -187,7 +187,7 @@ class _Detachable(Protocol):
     def detach(self) -> None: ...
 
 
-Owner = Optional[_Detachable]
+Owner = _Detachable | None
 
 
 class HfHook:
@@ -237,7 +237,8 @@ class UnitDoors:
     def arm(self, modules: Iterable[nn.Module]) -> None:
         if self._armed:
             self.disarm()
-        self._armed = [module for module in modules if module not in self._unit.modules]
+        roots = self._unit.modules
+        self._armed = [module for module in modules if module not in roots]
         for module in self._armed:
             module._forward_pre_hooks[self._hook_id] = self._door
             module._forward_pre_hooks_with_kwargs[self._hook_id] = True
@@ -251,52 +252,48 @@ class UnitDoors:
         self._armed = []
 
 
-def install(unit: Unit, walker: Walker, owner: Owner) -> Callable[[], None]:
-    """Puts every entry on the modules of ``unit``; returns the undo. All or nothing.
+Undo = list[Callable[[], None]]  # run from the end; safe to run when nothing was done yet
 
-    ``owner``: what the modules' ``_hf_hook`` belongs to and asks to detach.
+
+def install(unit: Unit, walker: Walker, owner: Owner, undo: Undo) -> None:
+    """Puts every entry on the modules of ``unit``.
+
+    ``owner``: what the modules' ``_hf_hook`` belongs to and asks to detach. Each step is entered
+    in ``undo`` before it is done, so that an interrupt at any point can be undone.
     """
-    undo: list[Callable[[], None]] = []
     entry = Entry(walker, unit)
-    try:
-        hook_ids = [_install_root(module, entry, owner, undo) for module in unit.modules]
-        if walker.residency.link is not None:
-            doors = UnitDoors(walker, unit, hook_ids[0])
-            unit.doors = doors
-            undo.append(doors.disarm)
-            if unit.state is State.HOST:
-                doors.arm(m for root in unit.modules for m in root.modules())
-    except BaseException:
-        _run(undo)
-        raise
-    return functools.partial(_run, undo)
+    hook_ids = [_install_root(module, entry, owner, undo) for module in unit.modules]
+    if walker.residency.link is not None:
+        doors = UnitDoors(walker, unit, hook_ids[0])
+        undo.append(doors.disarm)
+        unit.doors = doors
+        if unit.state is State.HOST:
+            doors.arm(m for root in unit.modules for m in root.modules())
 
 
-def _install_root(
-    module: nn.Module, entry: Entry, owner: Owner, undo: list[Callable[[], None]]
-) -> int:
+def _install_root(module: nn.Module, entry: Entry, owner: Owner, undo: Undo) -> int:
+    undo.append(functools.partial(_remove_pre_hook, module, entry))
     handle = module.register_forward_pre_hook(entry, prepend=True, with_kwargs=True)
-    undo.append(handle.remove)
-    module._hf_hook = HfHook(entry.device, entry, owner)  # type: ignore[assignment]
-    undo.append(functools.partial(_remove_attribute, module, "_hf_hook"))
+    _shadow(module, "_hf_hook", HfHook(entry.device, entry, owner), undo)
     for name in _entry_methods(module):
         _shadow(module, name, MethodEntry(entry, module, name), undo)
     _shadow(module, "_apply", ApplyWatch(entry, module, "_apply"), undo)
     return handle.id
 
 
-def _shadow(
-    module: nn.Module, name: str, stand_in: MethodEntry, undo: list[Callable[[], None]]
-) -> None:
-    if name in module.__dict__:  # somebody patched this instance: theirs is put back
+def _shadow(module: nn.Module, name: str, stand_in: Any, undo: Undo) -> None:
+    """Puts ``stand_in`` before an attribute of this instance; the undo puts back what was there."""
+    if name in module.__dict__:
         undo.append(functools.partial(module.__dict__.__setitem__, name, module.__dict__[name]))
     else:
-        undo.append(functools.partial(_remove_attribute, module, name))
+        undo.append(functools.partial(module.__dict__.pop, name, None))
     module.__dict__[name] = stand_in
 
 
-def _remove_attribute(module: nn.Module, name: str) -> None:
-    module.__dict__.pop(name, None)
+def _remove_pre_hook(module: nn.Module, entry: Entry) -> None:
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is entry]:
+        module._forward_pre_hooks.pop(key, None)
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _entry_methods(module: nn.Module) -> list[str]:
@@ -304,7 +301,8 @@ def _entry_methods(module: nn.Module) -> list[str]:
     return [name for name in names if callable(getattr(type(module), name, None))]
 
 
-def _run(undo: list[Callable[[], None]]) -> None:
+def run_back(undo: Undo) -> None:
+    """Undoes, from the last step to the first."""
     while undo:
         undo.pop()()
 

@@ -9,7 +9,8 @@ to the end of its call, also by an exception, and also the nine classes that nev
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from . import sequence
 from .errors import ComponentError
-from .hooks import HfHook
+from .hooks import HfHook, Undo
 from .sequence import Sequence
 
 ENGINE = "_offload_engine"  # the attribute of an attached pipeline that holds its engine
@@ -157,10 +158,10 @@ class Pipeline:
             )
         remove(self.pipe)
 
-    def attach(self, engine: Callee, device: torch.device) -> Callable[[], None]:
-        """Has the pipeline tell ``engine`` about its calls; returns the undo."""
+    def attach(self, engine: Callee, device: torch.device, undo: Undo) -> None:
+        """Has the pipeline tell ``engine`` about its calls; enters in ``undo`` how to end that."""
         if self._is_mapping:
-            return lambda: None
+            return
         pipe, original = self.pipe, type(self.pipe)
         state = {
             ENGINE: engine,
@@ -169,20 +170,16 @@ class Pipeline:
             "_offload_gpu_id": device.index or 0,
         }
         before = {name: pipe.__dict__[name] for name in state if name in pipe.__dict__}
-        pipe.__dict__.update(state)
 
-        def undo() -> None:
+        def put_back() -> None:
             pipe.__class__ = getattr(type(pipe), "_offload_original", type(pipe))
             for name in state:
                 pipe.__dict__.pop(name, None)
             pipe.__dict__.update(before)
 
-        try:
-            pipe.__class__ = _attached_class(original)  # type: ignore[arg-type]
-        except BaseException:
-            undo()
-            raise
-        return undo
+        undo.append(put_back)
+        pipe.__dict__.update(state)
+        pipe.__class__ = _attached_class(original)  # type: ignore[arg-type]
 
 
 def engine_of(pipe: Any) -> Any:
@@ -214,22 +211,36 @@ def _attached_class(original: type) -> type:
     return type(original)(original.__name__, (original,), members)
 
 
+def calls_on_stack(engine: Any) -> int:
+    """How many calls of the pipeline of ``engine`` this thread is in, itself the judge: an
+    interrupt may have kept any of them from being counted off."""
+    count, frame = 0, sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == _CALL and frame.f_locals.get("_offload_call_of") is engine:
+            count += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
+
+
+_CALL = "_offloaded_call"
+
+
 def _call(original: Any) -> Any:
     @functools.wraps(original.__call__)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        engine = engine_of(self)
-        if engine is None:
+    def _offloaded_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _offload_call_of = engine_of(self)
+        if _offload_call_of is None:
             return original.__call__(self, *args, **kwargs)
-        engine.begin_call()
         try:
+            _offload_call_of.begin_call()
             result = original.__call__(self, *args, **kwargs)
         except BaseException as error:
-            engine.end_call(error)
+            _offload_call_of.end_call(error)
             raise
-        engine.end_call(None)
+        _offload_call_of.end_call(None)
         return result
 
-    return __call__
+    return _offloaded_call
 
 
 def _maybe_free_model_hooks(original: Any) -> Any:

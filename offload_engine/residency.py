@@ -403,14 +403,10 @@ class Residency:
             unit.finish(self.link)
 
     def adopt(self, unit: Unit, on_copy: OnCopy) -> None:
-        """Takes ``unit`` in; its weights move to masters. Undoes itself when interrupted."""
-        if self.link is not None:
-            try:
-                unit.to_host(self.link, on_copy)
-            except BaseException:
-                unit.close(self.link)
-                raise
+        """Takes ``unit`` in; its weights move to masters. `drop` also undoes half of it."""
         self.units[unit.name] = unit
+        if self.link is not None:
+            unit.to_host(self.link, on_copy)
 
     def drop(self, unit: Unit) -> None:
         """Gives ``unit`` back to ordinary memory."""

@@ -43,27 +43,29 @@ class Link:
     def current_stream(self) -> torch.Stream:
         return torch.accelerator.current_stream(self.device)
 
-    def start(self, flat: Tensor, blocks: Sequence[tuple[Block, int]], fetch: Fetch) -> None:
-        """Queues the copy of each block to its offset in ``flat``; see [Note: stream protocol].
+    def order(self, stream: torch.Stream, event: torch.Event | None) -> None:
+        """Makes ``stream`` wait for ``event``; every order between streams is made here."""
+        assert event is not None
+        stream.wait_event(event)
 
-        ``fetch.ready`` is set before the first copy is queued, so that an exception in between
-        leaves a fetch that `join` can order.
-        """
+    def start(self, flat: Tensor, blocks: Sequence[tuple[Block, int]], fetch: Fetch) -> None:
+        """Queues the copy of each block to its offset in ``flat``; see [Note: stream protocol]."""
         granted = torch.Event(device=self.device)
         granted.record(fetch.owner)
         fetch.began = torch.Event(device=self.device, enable_timing=True)
-        ready = torch.Event(device=self.device, enable_timing=True)
         with self.copy_stream, torch.inference_mode(False), torch.no_grad():
-            self.copy_stream.wait_event(granted)
+            self.order(self.copy_stream, granted)
             fetch.began.record(self.copy_stream)
-            try:
-                for block, offset in blocks:
-                    for start, stop in block.pieces():
-                        target = flat[offset + start : offset + stop]
-                        target.copy_(block.flat[start:stop], non_blocking=True)
-            finally:
-                ready.record(self.copy_stream)
-                fetch.ready = ready
+            for block, offset in blocks:
+                for start, stop in block.pieces():
+                    target = flat[offset + start : offset + stop]
+                    target.copy_(block.flat[start:stop], non_blocking=True)
+        self._mark_ready(fetch)
+
+    def _mark_ready(self, fetch: Fetch) -> None:
+        ready = torch.Event(device=self.device, enable_timing=True)
+        ready.record(self.copy_stream)
+        fetch.ready = ready
 
     def wait(self, fetch: Fetch) -> None:
         """Makes the current stream wait for the copies; only the owner's wait is timed."""
@@ -73,10 +75,10 @@ class Link:
             fetch.stalled = torch.Event(device=self.device, enable_timing=True)
             fetch.resumed = torch.Event(device=self.device, enable_timing=True)
             fetch.stalled.record(stream)
-            stream.wait_event(fetch.ready)
+            self.order(stream, fetch.ready)
             fetch.resumed.record(stream)
         else:
-            stream.wait_event(fetch.ready)
+            self.order(stream, fetch.ready)
         fetch.users.append(stream)
 
     def join(self, fetch: Fetch) -> None:
@@ -84,15 +86,17 @@ class Link:
 
         After it the slot may be dropped, and what it holds may be read on the current stream.
         """
+        if fetch.ready is None:  # interrupted while its copies were being queued
+            self._mark_ready(fetch)
         here = self.current_stream()
         for stream in {fetch.owner, here} if fetch.owner != here else {here}:
-            if fetch.ready is not None and stream not in fetch.users:
-                stream.wait_event(fetch.ready)
+            if stream not in fetch.users:
+                self.order(stream, fetch.ready)
             for user in fetch.users:
                 if user != stream:
                     used = torch.Event(device=self.device)
                     used.record(user)
-                    stream.wait_event(used)
+                    self.order(stream, used)
 
     def finish(self, fetch: Fetch) -> None:
         """Blocks the host until the copies have left host memory; mostly they have long."""

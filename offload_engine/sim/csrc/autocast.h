@@ -1,0 +1,7 @@
+#pragma once
+
+namespace sim {
+
+void register_autocast();
+
+}  // namespace sim

@@ -1,0 +1,253 @@
+"""Each protocol rule of docs/architecture.md, kept; and broken on purpose, and caught.
+
+The simulator raises on races, use after free and host memory that changes or goes while a copy
+reads it; what it only counts is asserted on its counters.
+"""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import offload_engine
+from offload_engine import residency, sim, transfers
+from offload_engine.segments import View
+
+
+@pytest.fixture
+def engine(sim_device, modules):
+    return offload_engine.attach(modules, "te->unet->vae")
+
+
+@torch.no_grad()
+def run(modules, x, rounds=2):
+    for _ in range(rounds):
+        for module in modules.values():
+            x = torch.tanh(module(x))
+    return x.cpu()
+
+
+def broken(provoke):
+    """Whether the simulator objects to what ``provoke`` does."""
+    try:
+        provoke()
+        torch.accelerator.synchronize()
+    except (sim.Violation, RuntimeError) as error:
+        seen = str(error)
+        del error
+        gc.collect()
+        return seen
+    return "; ".join(str(found) for found in sim.violations())
+
+
+def test_kept_nothing_is_found(engine, modules, x):
+    run(modules, x, rounds=3)
+    engine.release()
+    assert not sim.violations()
+
+
+def test_a_steady_round_has_no_host_sync_no_record_stream_and_no_empty_cache(
+    engine, modules, x, meter
+):
+    with torch.no_grad():
+        for counted in (False, True, True):
+            y = x
+            for module in modules.values():
+                y = module(y)
+            moved = meter.read()
+            if counted:
+                assert moved.host_syncs == 0
+                assert moved.record_stream_calls == 0
+                assert moved.empty_cache_calls == 0
+                assert moved.pageable_copies == 0
+                assert moved.h2d_copies == 3
+
+
+def deaf(which):
+    """Link.order that ignores the waits that ``which(link, stream)`` picks."""
+
+    def order(link, stream, event):
+        if not which(link, stream):
+            stream.wait_event(event)
+
+    return order
+
+
+def test_a_copy_that_does_not_wait_for_its_slot_is_caught(engine, modules, x, monkeypatch):
+    only_copies = deaf(lambda link, stream: stream == link.copy_stream)
+    monkeypatch.setattr(transfers.Link, "order", only_copies)
+    assert broken(lambda: run(modules, x))
+
+
+def test_compute_that_does_not_wait_for_the_copy_is_caught(engine, modules, x, monkeypatch):
+    only_compute = deaf(lambda link, stream: stream != link.copy_stream)
+    monkeypatch.setattr(transfers.Link, "order", only_compute)
+    assert broken(lambda: run(modules, x))
+
+
+def on_two_streams(modules, x, side):
+    """The unet runs on a side stream, too; then its slot goes, and the memory is lent anew."""
+    with torch.no_grad():
+        for _ in range(2):
+            modules["te"](x)
+            modules["unet"](x)
+            side.wait_stream(torch.accelerator.current_stream())
+            with side:
+                y = modules["unet"](x)
+            modules["vae"](x)
+        torch.accelerator.current_stream().wait_stream(side)
+    return y.cpu()
+
+
+def test_a_second_compute_stream_is_ordered_too(engine, modules, x, sim_device):
+    assert on_two_streams(modules, x, torch.Stream(device=sim_device)) is not None
+    assert not sim.violations()
+
+
+def test_a_slot_dropped_while_another_stream_uses_it_is_caught(
+    engine, modules, x, sim_device, monkeypatch
+):
+    monkeypatch.setattr(transfers.Link, "join", lambda link, fetch: None)
+    assert broken(lambda: on_two_streams(modules, x, torch.Stream(device=sim_device)))
+
+
+def test_a_stream_that_did_not_wait_is_caught(engine, modules, x, sim_device, monkeypatch):
+    """The fast path tells streams apart; without that the side stream reads too early."""
+    monkeypatch.setattr(engine._walker, "stream_key", lambda: None)
+    side = torch.Stream(device=sim_device)
+
+    def provoke():
+        modules["unet"](x)
+        with side:
+            modules["unet"](x)
+
+    assert broken(provoke)
+
+
+def test_masters_freed_while_a_copy_reads_them_are_caught(engine, modules, x, monkeypatch):
+    monkeypatch.setattr(residency.Unit, "finish", lambda unit, link: None)
+    monkeypatch.setattr(transfers.Link, "order", deaf(lambda link, s: s != link.copy_stream))
+    monkeypatch.setattr(transfers.Link, "join", lambda link, fetch: None)
+
+    def provoke():
+        unit = engine._mounts["unet"].unit
+        engine._residency._fetch(unit)
+        engine.detach()
+        gc.collect()
+
+    assert broken(provoke)
+
+
+def test_a_master_written_while_a_copy_reads_it_is_caught(engine, modules, x, monkeypatch):
+    def provoke():
+        unit = engine._mounts["unet"].unit
+        engine._residency._fetch(unit)
+        weight = next(iter(unit._weights.values()))
+        weight.host.fill_(3.0)
+        torch.accelerator.synchronize()
+
+    monkeypatch.setattr(transfers.Link, "order", deaf(lambda link, s: s != link.copy_stream))
+    assert broken(provoke)
+
+
+def test_release_gives_the_memory_back_and_parameters_not_re_pointed_would_keep_it(
+    engine, modules, x, monkeypatch
+):
+    base = torch.accelerator.memory_allocated()
+    run(modules, x)
+    engine.release()
+    assert torch.accelerator.memory_allocated() == base
+    point = residency._point
+
+    def only_up(tensor, data):
+        if data.device.type != "cpu":
+            point(tensor, data)
+
+    monkeypatch.setattr(residency, "_point", only_up)
+    with torch.no_grad():
+        modules["unet"](x)
+    engine.release()
+    assert torch.accelerator.memory_allocated() > base
+
+
+def test_without_the_check_for_changes_a_change_is_lost(engine, modules, x, monkeypatch):
+    monkeypatch.setattr(residency, "_changed", lambda *_: False)
+    with torch.no_grad():
+        before = modules["unet"](x).cpu()
+        modules["unet"][0].weight.mul_(2)
+        assert not torch.equal(modules["unet"](x).cpu(), before)
+        modules["vae"](x)
+        assert torch.equal(modules["unet"](x).cpu(), before)  # lost: what the check prevents
+
+
+def test_inference_mode_weights_run_and_normal_tensors_in_their_place_would_not(
+    sim_device, monkeypatch
+):
+    with torch.inference_mode():
+        modules = {"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}
+        x = torch.randn(2, 8).to(sim_device)
+        engine = offload_engine.attach(modules, "a->b")
+        for _ in range(2):
+            modules["b"](modules["a"](x))
+        assert modules["b"].weight.is_inference()
+        engine.release()
+        assert modules["b"].weight.is_inference()
+        in_place = View.on
+        monkeypatch.setattr(
+            View, "on", lambda view, *rest: in_place(view._replace(inference=False), *rest)
+        )
+        with pytest.raises(RuntimeError, match="[Ii]nference"):
+            modules["a"](x).view(-1), repr(modules["a"].weight)
+
+
+def test_normal_weights_stay_trainable_when_fetched_in_inference_mode(engine, modules, x):
+    with torch.inference_mode():
+        modules["te"](x)
+    modules["te"](x).sum().backward()
+    assert all(p.grad is not None for p in modules["te"].parameters())
+
+
+def test_what_belongs_to_the_process_is_left_alone(engine, modules, x, monkeypatch, sim_device):
+    def never(*_, **__):
+        raise AssertionError("peak statistics are the user's")
+
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", never)
+    stream, device = torch.accelerator.current_stream(), torch.accelerator.current_device_index()
+    side = torch.Stream(device=sim_device)
+    with side:
+        run(modules, x)
+        assert torch.accelerator.current_stream() == side
+    sim.inject_oom(after=1)
+    run(modules, x)
+    assert torch.accelerator.current_stream() == stream
+    assert torch.accelerator.current_device_index() == device
+    assert torch.get_default_device() == torch.device("cpu")
+    engine.report()
+
+
+def test_the_second_device_is_used_without_being_made_current(modules, sim_device):
+    gc.collect()
+    before = torch.accelerator.memory_allocated(sim_device)
+    other = torch.device("sim", 1)
+    x = torch.randn(4, 64).to(other)
+    expected = run({n: m.to(other) for n, m in modules.items()}, x)
+    for module in modules.values():
+        module.to("cpu")
+    engine = offload_engine.attach(modules, "te->unet->vae", gpu_id=1)
+    assert torch.equal(run(modules, x), expected)
+    assert engine.device == other
+    assert torch.accelerator.current_device_index() == 0
+    assert torch.accelerator.memory_allocated(sim_device) == before
+
+
+def test_host_memory_goes_back_when_an_attached_pipeline_is_dropped(sim_device):
+    gc.collect()
+    before = sim.counters().pinned_nbytes
+    modules = {"a": nn.Linear(300, 300), "b": nn.Linear(300, 300)}
+    engine = offload_engine.attach(modules, "a->b")
+    modules["a"](torch.randn(1, 300).to(sim_device))
+    assert sim.counters().pinned_nbytes > before
+    del modules, engine
+    gc.collect()
+    assert sim.counters().pinned_nbytes == before
