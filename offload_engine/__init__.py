@@ -9,17 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "OffloadError", "attach", "patch_diffusers"]
+__all__ = ["Engine", "OffloadError", "attach", "engine_of", "patch_diffusers"]
 
 if TYPE_CHECKING:
     from .engine import Engine, attach, patch_diffusers
     from .errors import OffloadError
+    from .pipeline import engine_of
 
 _HOMES = {
     "Engine": ".engine",
     "attach": ".engine",
     "patch_diffusers": ".engine",
     "OffloadError": ".errors",
+    "engine_of": ".pipeline",
 }
 
 

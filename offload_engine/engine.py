@@ -22,7 +22,7 @@ from .report import Report, build_report
 from .residency import Residency, Unit
 from .segments import sharing
 from .sequence import Cursor, Sequence, learn
-from .watch import watch_optimizers
+from .watch import watch_process
 
 _log = logging.getLogger("offload_engine")
 
@@ -86,6 +86,7 @@ class Engine:
         self._calls: list[tuple[Cursor, Callable[[], None] | None]] = []
         self._solo = False  # a loop did not fit: one component at a time from now on
         self._attached = True
+        self._last_report: Report | None = None  # once detached
         self._peaks = (0, 0)
         self._undo: Undo = []
         self.component_names: frozenset[str] = frozenset(pipeline.components)
@@ -137,6 +138,8 @@ class Engine:
 
     def report(self) -> Report:
         """What moved in the last call, or since it where components were run outside of one."""
+        if self._last_report is not None:
+            return self._last_report
         return build_report(
             list(self._residency.log),
             {name: mount.unit for name, mount in self._mounts.items()},
@@ -157,6 +160,7 @@ class Engine:
         """Undoes everything: the pipeline is as before, its weights in ordinary host memory."""
         if not self._attached:
             return
+        self._last_report = self.report()
         with self._residency.lock:
             self._walker.leave()
             for name in list(self._mounts):
@@ -442,21 +446,21 @@ def _mount_of(module: nn.Module) -> _Mount | None:
 
 
 _engines = 0
-_unwatch_optimizers: Callable[[], None] | None = None
+_unwatch_process: Callable[[], None] | None = None
 
 
 def _count_engine() -> Callable[[], None]:
-    """Optimizers are watched while there is any engine; returns the undo."""
-    global _engines, _unwatch_optimizers
+    """Weights can be watched while there is any engine (watch.py); returns the undo."""
+    global _engines, _unwatch_process
     if _engines == 0:
-        _unwatch_optimizers = watch_optimizers()
+        _unwatch_process = watch_process()
     _engines += 1
 
     def undo() -> None:
         global _engines
         _engines -= 1
-        if _engines == 0 and _unwatch_optimizers is not None:
-            _unwatch_optimizers()
+        if _engines == 0 and _unwatch_process is not None:
+            _unwatch_process()
 
     return undo
 

@@ -22,6 +22,7 @@ from .hooks import HfHook, Undo
 from .sequence import Sequence
 
 ENGINE = "_offload_engine"  # the attribute of an attached pipeline that holds its engine
+_STATE = (ENGINE, "_all_hooks", "_offload_device", "_offload_gpu_id")
 
 
 class Callee(Protocol):
@@ -163,12 +164,8 @@ class Pipeline:
         if self._is_mapping:
             return
         pipe, original = self.pipe, type(self.pipe)
-        state = {
-            ENGINE: engine,
-            "_all_hooks": [engine],
-            "_offload_device": device,
-            "_offload_gpu_id": device.index or 0,
-        }
+        values = (engine, [engine], device, device.index or 0)
+        state = dict(zip(_STATE, values, strict=True))
         before = {name: pipe.__dict__[name] for name in state if name in pipe.__dict__}
 
         def put_back() -> None:
@@ -183,7 +180,7 @@ class Pipeline:
 
 
 def engine_of(pipe: Any) -> Any:
-    """The engine that ``pipe`` is attached to, or None."""
+    """The engine that ``pipe`` is attached to, or None; finds it after `patch_diffusers`."""
     return getattr(pipe, "__dict__", {}).get(ENGINE)
 
 
@@ -304,11 +301,15 @@ def _setattr(original: Any) -> Any:
 
 def _reduce(original: Any) -> Any:
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        make, arguments, *rest = original.__reduce_ex__(self, max(protocol, 2))
-        swapped = tuple(original if part is type(self) else part for part in arguments)
-        return (make, swapped, *rest)
+        state = {name: value for name, value in self.__dict__.items() if name not in _STATE}
+        return _bare, (original,), state
 
     return __reduce_ex__
+
+
+def _bare(cls: Any) -> Any:
+    """What a copy of an attached pipeline begins with: an object that is not attached."""
+    return cls.__new__(cls)
 
 
 def _diffusion_pipeline() -> Any:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .watch import WATCHED
+from .watch import WatchedTensor
 
 _LARGE_NBYTES = 4096  # tensors from here on are aligned for matrix kernels
 _LARGE_ALIGNMENT = 256  # what cublasLt looks for before it picks its fastest kernels
-_SMALL_ALIGNMENT = 64  # a cache line: CPU kernels give the same bits as for a tensor of its own
-_ITEM = 16  # bytes of the widest dtype: a buffer of whole items can be seen as any dtype
-_PLAIN = frozenset({Tensor, nn.Parameter, *WATCHED})
+_CACHE_LINE = 64
+_ITEM = 16  # bytes of the widest dtype
+_PLAIN = frozenset({Tensor, nn.Parameter, WatchedTensor})
 
 
 class View(NamedTuple):
@@ -163,23 +163,9 @@ def rebuild(outer: Any, inner: dict[str, Tensor], path: str = "") -> Tensor:
 def layout(tensors: list[Tensor]) -> tuple[int, list[View]]:
     """Bytes of the flat buffer that holds ``tensors``, and the place of each in it.
 
-    See [Note: spans]. Large spans come first, so that padding is a few bytes in all.
+    See [Note: spans].
     """
-    spans: list[list[int]] = []  # [start address, end address], merged
-    span_of: list[int] = [-1] * len(tensors)
-    ranges = sorted(
-        (str(tensor.device), *_address_range(tensor), index)
-        for index, tensor in enumerate(tensors)
-        if tensor.numel()
-    )
-    last_device = ""
-    for device, start, end, index in ranges:
-        if spans and device == last_device and start < spans[-1][1]:
-            spans[-1][1] = max(spans[-1][1], end)
-        else:
-            spans.append([start, end])
-        last_device = device
-        span_of[index] = len(spans) - 1
+    spans, span_of = _spans(tensors)
     nbytes, starts = _place([end - start for start, end in spans])
     views = []
     for tensor, span in zip(tensors, span_of, strict=True):
@@ -190,6 +176,29 @@ def layout(tensors: list[Tensor]) -> tuple[int, list[View]]:
         inference = tensor.is_inference()
         views.append(View(*place, tensor.size(), tensor.stride(), tensor.dtype, inference))
     return nbytes, views
+
+
+def _spans(tensors: list[Tensor]) -> tuple[list[list[int]], list[int]]:
+    """The runs of addresses that ``tensors`` cover, as [start, end], and the run of each tensor.
+
+    A run that several tensors overlap in starts at a whole item, so that each stays aligned.
+    """
+    spans: list[list[int]] = []
+    span_of = [-1] * len(tensors)
+    last_device = ""
+    for device, start, end, index in sorted(
+        (str(tensor.device), *_address_range(tensor), index)
+        for index, tensor in enumerate(tensors)
+        if tensor.numel()
+    ):
+        if spans and device == last_device and start < spans[-1][1]:
+            first, last = spans[-1]
+            spans[-1] = [first - first % _ITEM, max(last, end)]
+        else:
+            spans.append([start, end])
+        last_device = device
+        span_of[index] = len(spans) - 1
+    return spans, span_of
 
 
 def _address_range(tensor: Tensor) -> tuple[int, int]:
@@ -209,15 +218,22 @@ def stack(sizes: Iterable[int]) -> tuple[int, list[int]]:
 
 
 def _place(sizes: list[int]) -> tuple[int, list[int]]:
+    """Total bytes and starts of spans, the ones of rounder size first: then hardly any are lost
+    to alignment."""
     starts = [0] * len(sizes)
     end = 0
-    by_class = sorted(range(len(sizes)), key=lambda i: sizes[i] < _LARGE_NBYTES)
-    for index in by_class:
-        large = sizes[index] >= _LARGE_NBYTES
-        alignment = _LARGE_ALIGNMENT if large else _SMALL_ALIGNMENT
+    for index in sorted(range(len(sizes)), key=lambda i: -_roundness(sizes[i])):
+        alignment = _roundness(sizes[index])
+        if sizes[index] >= _LARGE_NBYTES:
+            alignment = max(alignment, _CACHE_LINE)
         starts[index] = -(-end // alignment) * alignment
         end = starts[index] + sizes[index]
-    return -(-end // _ITEM) * _ITEM, starts
+    return end, starts
+
+
+def _roundness(nbytes: int) -> int:
+    """The largest power of two that divides ``nbytes``, up to the best alignment."""
+    return min(nbytes & -nbytes, _LARGE_ALIGNMENT)
 
 
 def sharing(modules: Iterable[nn.Module]) -> list[list[int]]:

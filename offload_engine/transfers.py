@@ -10,6 +10,7 @@ anew on that stream without any ``record_stream``. The host never waits.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -116,9 +117,12 @@ def elapsed_seconds(start: torch.Event | None, end: torch.Event | None) -> float
 
 
 def _stream_key(device: torch.device) -> Callable[[], Any]:
-    """A cheap call that tells the current streams of ``device`` apart by equality."""
-    if device.type == "cuda":
-        raw: Callable[[int], int] = torch._C._cuda_getCurrentRawStream  # type: ignore[attr-defined]
-        index = device.index
-        return lambda: raw(index)
-    return lambda: torch.accelerator.current_stream(device)
+    """The cheapest call that tells the current streams of ``device`` apart by equality.
+
+    It runs at every forward. The public call takes 1 us; what it ends in, 0.1 us.
+    """
+    name = "_cuda_getCurrentRawStream" if device.type == "cuda" else "_accelerator_getStream"
+    bare = getattr(torch._C, name, None)
+    if bare is None:
+        return functools.partial(torch.accelerator.current_stream, device)
+    return functools.partial(bare, device.index)

@@ -2,10 +2,14 @@
 
 [Note: watched weights] ``p.add_`` bumps the version counter and ``p.data = x`` moves the data,
 but ``p.data.add_``, a write through the storage and a fused optimizer do neither. While a weight
-is on the device its class is one of those below: the same tensor, whose accessors to the raw data
-set a mark first. A marked weight is compared by content before its device copy is dropped
-(`same_content`). Forward passes do not touch these accessors, so the normal case costs nothing
-and needs no synchronisation with the device.
+is on the device, the accessors to its raw data mark it; a marked weight is compared by content
+before its device copy is dropped (`same_content`). A forward pass uses none of them, so the normal
+case costs nothing and never waits for the device.
+
+The accessors of parameters are put on ``nn.Parameter`` itself, while there is an engine, and taken
+off with the last: torch's C++ takes a slow path (0.5 us per operator and weight) for any subclass.
+They only mark, and only parameters that are watched. Buffers, which few operators read, get a
+subclass of their own while they are on the device.
 """
 
 from __future__ import annotations
@@ -17,107 +21,108 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-_MARK = "_offload_engine_touched"
-_BASE: Any = torch._C.TensorBase
+_MARK = "_offload_engine_touched"  # in a tensor's __dict__ while it is watched: was it touched?
+_BASE: Any = torch._C.TensorBase  # type: ignore[attr-defined]
+_METHODS = ("detach", "untyped_storage", "storage", "_typed_storage", "__dlpack__", "numpy")
 
 
-class _Watched:
-    """The accessors through which a weight can be written without a version bump."""
+def _touch(tensor: Any) -> None:
+    marks = tensor.__dict__
+    if _MARK in marks:
+        marks[_MARK] = True
 
-    @property
-    def data(self) -> Tensor:
-        self.__dict__[_MARK] = True
-        return _BASE.data.__get__(self)
 
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        _BASE.data.__set__(self, value)
+def _get_data(self: Any) -> Tensor:
+    _touch(self)
+    return _BASE.data.__get__(self)
 
-    @property
-    def __cuda_array_interface__(self) -> Any:
-        self.__dict__[_MARK] = True
-        return Tensor.__cuda_array_interface__.__get__(self)  # type: ignore[attr-defined]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        if id(self) not in memo:
-            memo[id(self)] = _plain(self).clone(memory_format=torch.preserve_format)
-            if isinstance(self, nn.Parameter):
-                memo[id(self)] = nn.Parameter(memo[id(self)], requires_grad=self.requires_grad)
-        return memo[id(self)]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        plain = _plain(self)
-        if isinstance(self, nn.Parameter):
-            plain = nn.Parameter(plain, requires_grad=self.requires_grad)
-        return plain.__reduce_ex__(protocol)
+def _get_interface(self: Any) -> Any:
+    _touch(self)
+    return Tensor.__cuda_array_interface__.__get__(self)  # type: ignore[attr-defined]
 
 
 def _marking(name: str) -> Callable[..., Any]:
     inherited = getattr(Tensor, name)
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__[_MARK] = True
+        _touch(self)
         return inherited(self, *args, **kwargs)
 
     method.__name__ = name
     return method
 
 
-for _name in ("detach", "untyped_storage", "storage", "_typed_storage", "__dlpack__", "numpy"):
-    setattr(_Watched, _name, _marking(_name))
+_ACCESSORS: dict[str, Any] = {
+    "data": property(_get_data, lambda self, value: _BASE.data.__set__(self, value)),
+    "__cuda_array_interface__": property(_get_interface),
+    **{name: _marking(name) for name in _METHODS},
+}
 
 
-class WatchedParameter(_Watched, nn.Parameter):
-    """An nn.Parameter on the device; see [Note: watched weights]."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-
-class WatchedTensor(_Watched, Tensor):
+class WatchedTensor(Tensor):
     """A buffer on the device; see [Note: watched weights]."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = _plain(self).clone(memory_format=torch.preserve_format)
+        return memo[id(self)]
 
-WATCHED = (WatchedParameter, WatchedTensor)
-_TO_WATCHED: dict[type, type] = {nn.Parameter: WatchedParameter, Tensor: WatchedTensor}
-_TO_PLAIN: dict[type, type] = {watched: plain for plain, watched in _TO_WATCHED.items()}
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain(self).__reduce_ex__(protocol)
+
+
+for _name, _accessor in _ACCESSORS.items():
+    setattr(WatchedTensor, _name, _accessor)
 
 
 def watch(tensor: Tensor) -> None:
-    """Starts to watch ``tensor``; other classes than Parameter and Tensor are left alone."""
-    watched = _TO_WATCHED.get(type(tensor))
-    if watched is not None:
-        tensor.__class__ = watched
+    """Starts to watch a Parameter or Tensor; subclasses of either are left alone."""
+    if type(tensor) is nn.Parameter:
+        tensor.__dict__[_MARK] = False
+    elif type(tensor) is Tensor:
+        tensor.__class__ = WatchedTensor
+        tensor.__dict__[_MARK] = False
 
 
 def unwatch(tensor: Tensor) -> bool:
     """Ends the watch; True where somebody took the data of ``tensor`` in the meantime."""
-    plain = _TO_PLAIN.get(type(tensor))
-    if plain is None:
-        return False
-    touched = tensor.__dict__.pop(_MARK, False)
-    tensor.__class__ = plain
-    return touched
+    if type(tensor) is WatchedTensor:
+        tensor.__class__ = Tensor  # type: ignore[assignment]
+    return tensor.__dict__.pop(_MARK, False)
 
 
 def _plain(tensor: Any) -> Tensor:
     return _BASE.detach(tensor)
 
 
-def watch_optimizers() -> Callable[[], None]:
-    """Marks watched weights that an optimizer has stepped; returns the undo.
+def watch_process() -> Callable[[], None]:
+    """Puts the accessors on nn.Parameter and a hook behind optimizers; returns the undo.
 
     Fused optimizers change weights without a version bump.
     """
+    before = {name: vars(nn.Parameter)[name] for name in _ACCESSORS if name in vars(nn.Parameter)}
+    for name, accessor in _ACCESSORS.items():
+        setattr(nn.Parameter, name, accessor)
+    handle = register_optimizer_step_post_hook(_mark_stepped)
 
-    def mark(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if type(parameter) in WATCHED:
-                    parameter.__dict__[_MARK] = True
+    def undo() -> None:
+        handle.remove()
+        for name in _ACCESSORS:
+            if name in before:
+                setattr(nn.Parameter, name, before[name])
+            elif name in vars(nn.Parameter):
+                delattr(nn.Parameter, name)
 
-    return register_optimizer_step_post_hook(mark).remove
+    return undo
+
+
+def _mark_stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            _touch(parameter)
 
 
 _CHUNK = 1 << 20  # words hashed at a time: some 24 MiB of temporaries

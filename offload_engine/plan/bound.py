@@ -1,112 +1,181 @@
-"""Seconds that no legal plan can beat."""
+"""Seconds that no legal plan can beat. The proof of each step is in docs/planning.md."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from math import inf
 
 from .problem import Problem
 
-
-def sum_floor(sizes, limit=4096):
-    sums = {0}
-    for size, many in Counter(sizes).items():
-        if len(sums) * (many + 1) > limit:
-            return lambda room: room
-        sums = {s + i * size for s in sums for i in range(many + 1)}
-    ordered = sorted(sums)
-    return lambda room: ordered[bisect_right(ordered, room) - 1] if room >= 0 else room
+_MOST_SUMS = 4096  # beyond, sums of sizes are taken to reach every number
+_MOST_STEPS = 64  # windows looked at per boundary, on average
 
 
-def remaining_bounds(problem: Problem, stride: int = 1, mode=2) -> tuple[list[float], list[float]]:
-    """(from each boundary, from each use's start): seconds to the end that every plan needs."""
-    needs, sizes, room, seconds = problem.needs, problem.sizes, problem.room, problem.seconds
-    elapsed = problem.elapsed
-    length = problem.length
-    count = len(sizes)
-    rate = max((c / s for c, s in zip(problem.copy_seconds, sizes)), default=0.0)
-    upcoming = [length] * count
-    order: list[int] = []  # segments by next use
-    from_boundary = [0.0] * (length + 1)  # V
-    from_start = [0.0] * (length + 1)  # G
-    if_started = [0.0] * (length + 1)  # Y
-    floor = lambda x: x
-    memo = {}
-    for position in range(length - 1, -1, -1):
-        from_start[position] = tail = seconds[position] + from_boundary[position + 1]
-        new = False
-        for segment in needs[position]:
-            if upcoming[segment] < length:
-                order.remove(segment)
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Seconds to the end that every plan needs, whatever the device holds by then."""
+
+    from_boundary: list[float]  # from reaching each; the last is the end
+    from_start: list[float]  # from the start of each use
+
+
+class Windows:
+    """The bound, built from the last boundary to the first.
+
+    A window from boundary a to use k: all that is used in it must be on the device by the start
+    of k, at most the room of a boundary is there at its beginning, and the rest takes the link
+    some time. A chain of windows and uses is a path; the longest path is the bound. On its own it
+    equals the linear program of Albers, Garg and Leonardi (J. ACM 2000) with segments divisible;
+    two more facts sharpen it: what is held is a sum of whole segments, and whenever a copy
+    starts, its slot is taken but empty.
+    """
+
+    def __init__(self, problem: Problem, before: int | None) -> None:
+        length = problem.length
+        self.problem = problem
+        self.before = before  # the use before the first, if any
+        self.rate = max(
+            (c / s for c, s in zip(problem.copy_seconds, problem.sizes, strict=True)), default=0.0
+        )
+        self.upcoming = [length] * len(problem.sizes)
+        self.order: list[int] = []  # segments used at or after the boundary, by next use
+        self.from_boundary = [0.0] * (length + 1)
+        self.from_start = [0.0] * (length + 1)
+        self.if_copy_starts = [0.0] * (length + 1)  # from each boundary, if one does before the next
+        self.floor: Callable[[int], int] = _identity
+        self.most: dict[tuple[int, float, float], int] = {}
+
+    def bounds(self) -> Bounds:
+        length = self.problem.length
+        stride = 1 + len(self.problem.sizes) // _MOST_STEPS
+        for position in range(length - 1, -1, -1):
+            tail = self.problem.seconds[position] + self.from_boundary[position + 1]
+            self.from_start[position] = tail
+            self._enter(position)
+            if position % stride:
+                self.from_boundary[position] = self.if_copy_starts[position] = tail
             else:
-                new = True
-            upcoming[segment] = position
-            order.insert(0, segment)
-        if new:
-            floor = sum_floor([sizes[s] for s in order])
-            memo = {}
-        best = tail
-        there = set(needs[position - 1]) if position else set(problem.resident)
-        have1 = room[position - 1] - sum(sizes[s] for s in there) if position else 0
-        have2 = room[position]
-        # suffix min of sizes over order
-        m = inf
-        suffix = [inf] * (len(order) + 1)
-        for i in range(len(order) - 1, -1, -1):
-            m = min(m, sizes[order[i]])
-            suffix[i] = m
-        got = 0
-        i = 0
-        min_in = inf
-        started = tail
-        window = -inf
-        window_k = -1
-        while i < len(order):
-            k = upcoming[order[i]]
-            while i < len(order) and upcoming[order[i]] == k:
-                s = order[i]
-                got += sizes[s]
-                if sizes[s] < min_in:
-                    min_in = sizes[s]
-                if s in there:
-                    have1 += sizes[s]
-                i += 1
-            have = have1 if have1 < have2 else have2
-            if got > have:
-                value = (got - have) * rate + from_start[k]
+                self._look_ahead(position, tail)
+        return Bounds(self.from_boundary, self.from_start)
+
+    def _enter(self, position: int) -> None:
+        """Move the segments of use ``position`` to the head of the order."""
+        known = len(self.order)
+        for segment in self.problem.needs[position]:
+            if self.upcoming[segment] < self.problem.length:
+                self.order.remove(segment)
+            self.upcoming[segment] = position
+            self.order.insert(0, segment)
+        if len(self.order) > known:
+            self.floor = floor_of_sums([self.problem.sizes[segment] for segment in self.order])
+            self.most.clear()
+
+    def _look_ahead(self, position: int, tail: float) -> None:
+        """Set what every plan needs from boundary ``position``."""
+        problem, order, upcoming = self.problem, self.order, self.upcoming
+        sizes, rate, floor, from_start = problem.sizes, self.rate, self.floor, self.from_start
+        room = problem.room[position]
+        there, spare = self._before(position)
+        room_floor, others_floor = floor(room), max(0, floor(spare)) if spare < inf else inf
+        smallest_later, biggest = self._later_sizes()
+        enough = min(room_floor, others_floor, floor(max(0, room - biggest)))
+        best = if_copy_starts = tail
+        window, window_end = -inf, position
+        wanted = met = 0
+        smallest: float = inf
+        number, count = 0, len(order)
+        while number < count:
+            use = upcoming[order[number]]
+            while number < count and upcoming[order[number]] == use:
+                segment = order[number]
+                size = sizes[segment]
+                wanted += size
+                if size < smallest:
+                    smallest = size
+                if segment in there:
+                    met += size
+                number += 1
+            if wanted <= enough:
+                continue
+            had = room_floor if room_floor < others_floor + met else others_floor + met
+            if wanted > had:
+                value = (wanted - had) * rate + from_start[use]
                 if value > best:
                     best = value
-                if got > have2:
-                    cap = min(have1, floor(have2))
-                    value = (got - cap) * rate + from_start[k]
-                    if value > window:
-                        window = value
-                        window_k = k
-            key = (have2, min_in, suffix[i])
-            left = memo.get(key)
-            if left is None:
-                left = floor(have2 - min_in)
-                if suffix[i] < inf:
-                    left = max(left, floor(have2 - suffix[i]) - suffix[i])
-                memo[key] = left
-            if got > left and k > position:
-                value = (got - left) * rate + from_start[k]
-                if value > started:
-                    started = value
-        if_started[position] = started
-        if mode == 2 and window_k > position and started > best:
-            least = started
-            j = position + 1
-            while j <= window_k:
-                spent = elapsed[j] - elapsed[position]
-                if spent + window >= least:
-                    break
-                z = spent + max(window, if_started[j])
-                if z < least:
-                    least = z
-                j += 1
-            best = max(best, least)
-        from_boundary[position] = best
-    return from_boundary, from_start
+                if value > window and wanted > room_floor:
+                    window, window_end = value, use
+            had = self._at_copy_start(room, smallest, smallest_later[number])
+            if wanted > had and use > position:
+                value = (wanted - had) * rate + from_start[use]
+                if value > if_copy_starts:
+                    if_copy_starts = value
+        self.if_copy_starts[position] = if_copy_starts
+        if window_end > position and if_copy_starts > best:
+            best = max(best, self._first_copy(position, window, window_end))
+        self.from_boundary[position] = best
+
+    def _before(self, position: int) -> tuple[set[int], float]:
+        """Segments that may be there when ``position`` is reached, and units beside them."""
+        problem = self.problem
+        before = position - 1 if position else self.before
+        if before is None:
+            return set(problem.resident), 0
+        there = set(problem.needs[before])
+        return there, problem.room[before] - sum(problem.sizes[segment] for segment in there)
+
+    def _later_sizes(self) -> tuple[list[float], int]:
+        """The smallest size from each place in the order on, and the biggest of all."""
+        sizes = [self.problem.sizes[segment] for segment in reversed(self.order)]
+        smallest = [*accumulate(sizes, min, initial=inf)]
+        smallest.reverse()
+        return smallest, max(sizes)
+
+    def _at_copy_start(self, room: int, smallest: float, smallest_later: float) -> int:
+        """Most units there that help a window, when a copy starts in a step with ``room``.
+
+        Either it copies a segment of the window, whose slot is still empty; or one used later,
+        whose slot does not help and whose copy takes the link.
+        """
+        key = room, smallest, smallest_later
+        if key not in self.most:
+            most = self.floor(room - int(smallest))
+            if smallest_later < inf:
+                later = int(smallest_later)
+                most = max(most, self.floor(room - later) - later)
+            self.most[key] = most
+        return self.most[key]
+
+    def _first_copy(self, position: int, window: float, window_end: int) -> float:
+        """The least over the steps in which the first copy after ``position`` can start."""
+        elapsed, if_copy_starts = self.problem.elapsed, self.if_copy_starts
+        least = if_copy_starts[position]
+        for step in range(position + 1, window_end + 1):
+            spent = elapsed[step] - elapsed[position]
+            if spent + window >= least:
+                break
+            least = min(least, spent + max(window, if_copy_starts[step]))
+        return least
+
+
+def remaining_bounds(problem: Problem, before: int | None = None) -> Bounds:
+    """Lower bounds from every point of ``problem``; ``before`` is the use before its first."""
+    return Windows(problem, before).bounds()
+
+
+def floor_of_sums(sizes: Sequence[int]) -> Callable[[int], int]:
+    """The greatest sum of some of ``sizes`` that is at most a given number."""
+    sums = {0}
+    for size, many in Counter(sizes).items():
+        if len(sums) * (many + 1) > _MOST_SUMS:
+            return _identity
+        sums = {known + times * size for known in sums for times in range(many + 1)}
+    ordered = sorted(sums)
+    return lambda number: ordered[max(0, bisect_right(ordered, number) - 1)]
+
+
+def _identity(number: int) -> int:
+    return number

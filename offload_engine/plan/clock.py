@@ -21,6 +21,9 @@ class Draft:
         length = problem.length
         return cls([[] for _ in range(length)], [[] for _ in range(length)], [*problem.resident])
 
+    def copy(self) -> Draft:
+        return Draft([[*s] for s in self.release], [[*s] for s in self.fetch], [*self.resident])
+
 
 @dataclass(slots=True)
 class Run:
@@ -106,7 +109,7 @@ def held_sizes(problem: Problem, draft: Draft) -> list[int]:
     segment in flight, at whatever speed link and compute really run.
     """
     sizes, held = problem.sizes, set(draft.resident)
-    fresh: set[int] = set()
+    fresh = _in_flight_at_wrap(problem, draft)
     total = sum(sizes[segment] for segment in held)
     result = []
     for position, needed in enumerate(problem.needs):
@@ -125,3 +128,13 @@ def held_sizes(problem: Problem, draft: Draft) -> list[int]:
         result.append(total)
     assert not problem.cyclic or held == set(draft.resident), "the cycle does not close"
     return result
+
+
+def _in_flight_at_wrap(problem: Problem, draft: Draft) -> set[int]:
+    """Segments fetched in one cycle and first used in the next."""
+    fresh: set[int] = set()
+    if problem.cyclic:
+        for position, needed in enumerate(problem.needs):
+            fresh.update(draft.fetch[position])
+            fresh.difference_update(needed)
+    return fresh

@@ -3,132 +3,161 @@
 from __future__ import annotations
 
 from heapq import heappop, heappush
-from math import inf
 
 from .clock import Draft
 from .problem import Problem, first_positions, next_positions
 
 
-def fetch_limits(problem: Problem, after: list[list[int]]) -> list[int]:
-    """For each boundary: prefetching for a use at or past this limit is wasted.
+def fetch_limits(problem: Problem) -> list[int]:
+    """For each boundary, the first use that nothing should be fetched for yet.
 
-    Up to the limit, all that is used from any later boundary on fits into its room.
+    All segments used from a boundary up to its limit fit together, and still do at each later
+    boundary; what is fetched for a use past the limit could not stay until that use.
     """
-    needs, sizes, room = problem.needs, problem.sizes, problem.room
-    length = problem.length
-    limits = [length] * length
-    last_seen = [-1] * len(sizes)  # right-most use inside the window
-    end, held = length, 0
-    count = [0] * len(sizes)
-    for position in range(length - 1, -1, -1):
+    needs, sizes = problem.needs, problem.sizes
+    count = [0] * len(sizes)  # of the uses inside the window
+    end, held = problem.length, 0
+    limits = [end] * end
+    for position in range(end - 1, -1, -1):
         for segment in needs[position]:
-            if not count[segment]:
-                held += sizes[segment]
+            held += 0 if count[segment] else sizes[segment]
             count[segment] += 1
-        while held > room[position]:
+        while held > problem.room[position]:
             end -= 1
             for segment in needs[end]:
                 count[segment] -= 1
-                if not count[segment]:
-                    held -= sizes[segment]
+                held -= 0 if count[segment] else sizes[segment]
         limits[position] = end
-    del last_seen
     return limits
 
 
-def go_forward(problem: Problem, lead: float = inf) -> Draft:
-    """The draft of the aggressive rule (Cao, Felten, Karlin, Li, SIGMETRICS 1995).
+class Forward:
+    """One pass of the aggressive rule of Cao, Felten, Karlin and Li (SIGMETRICS 1995).
 
-    At each boundary, while the link would idle before the next: fetch the segment missing
-    soonest, if what must go for it is needed later than it is.
+    At each boundary, while the link would idle before the next one: fetch the segment missing
+    soonest, if what must go for it is needed later than it is. What goes is what is needed
+    furthest ahead (Belady, 1966), where ``bulk`` seconds are taken off for each second that
+    fetching it again would take. Everything happens at the first opportunity.
     """
-    needs, sizes, room, seconds = problem.needs, problem.sizes, problem.room, problem.seconds
-    copy_seconds, elapsed = problem.copy_seconds, problem.elapsed
-    length = problem.length
-    after = next_positions(needs, len(sizes))
-    limits = fetch_limits(problem, after)
-    upcoming = first_positions(needs, len(sizes))
-    draft = Draft.empty(problem)
-    present = [False] * len(sizes)
-    furthest: list[tuple[int, int]] = []
-    held = 0
-    for segment in problem.resident:
-        present[segment] = True
-        held += sizes[segment]
-        heappush(furthest, (-upcoming[segment], segment))
-    now = link_free = 0.0
-    landing = [0.0] * len(sizes)
-    cursor = 0  # every segment used in [position, cursor) is present
-    part = 0
 
-    def evict(least: int, target: int, step: list[int]) -> bool:
-        """Release what is next used after ``least``, furthest first, down to ``target``."""
-        nonlocal held
-        while held > target:
-            while furthest:
-                when, segment = furthest[0]
-                if present[segment] and upcoming[segment] == -when:
-                    break
-                heappop(furthest)
-            if not furthest or -furthest[0][0] <= least:
-                return False
-            when, segment = heappop(furthest)
-            present[segment] = False
-            held -= sizes[segment]
-            step.append(segment)
+    def __init__(self, problem: Problem, bulk: float = 0.0) -> None:
+        count = len(problem.sizes)
+        self.problem = problem
+        self.bulk = bulk
+        self.after = next_positions(problem.needs, count)
+        self.limits = fetch_limits(problem)
+        self.upcoming = first_positions(problem.needs, count)
+        self.present = [False] * count
+        self.fresh = [False] * count  # fetched, not yet used: never a victim
+        self.landing = [0.0] * count
+        self.held = 0
+        self.victims: list[tuple[float, int, int]] = []  # heap, with outdated entries
+        self.link_free = 0.0
+        self.cursor = (0, 0)  # use and place in it: all that is used from here to there is present
+
+    def draft(self) -> Draft:
+        """The draft of one pass over all uses."""
+        problem, draft = self.problem, Draft.empty(self.problem)
+        for segment in problem.resident:
+            self.present[segment] = True
+            self.held += problem.sizes[segment]
+            self._offer(segment)
+        begin = 0.0
+        for position in range(problem.length):
+            release, fetch = draft.release[position], draft.fetch[position]
+            end = self._demand(position, begin, release, fetch)
+            while self.link_free < end and self._prefetch(position, begin, release, fetch):
+                pass
+            self._finish(position)
+            begin = end
+        return draft
+
+    def _demand(self, position: int, begin: float, release: list[int], fetch: list[int]) -> float:
+        """Fetch what use ``position`` lacks; returns when the use ends."""
+        problem, now = self.problem, begin
+        for segment in problem.needs[position]:
+            if not self.present[segment]:
+                self._fetch(segment, begin, fetch)
+            if self.landing[segment] > now:
+                now = self.landing[segment]
+        self._make_room(position, problem.room[position], release)
+        return now + problem.seconds[position]
+
+    def _prefetch(self, position: int, begin: float, release: list[int], fetch: list[int]) -> bool:
+        """Fetch the segment missing soonest, if all that is needed before it can stay."""
+        segment = self._missing(position)
+        if segment < 0:
+            return False
+        room = self.problem.room[position] - self.problem.sizes[segment]
+        self._make_room(self.cursor[0], room, release)
+        self._fetch(segment, begin, fetch)
+        self.fresh[segment] = True
         return True
 
-    for position in range(length):
-        needed = needs[position]
-        release, fetch = draft.release[position], draft.fetch[position]
-        while furthest and furthest[0][0] == -length:
-            evict(length - 1, held - 1, release)
-        if cursor < position:
-            cursor, part = position, 0
-        missing = [segment for segment in needed if not present[segment]]
-        begin = now
-        for segment in missing:
-            present[segment] = True
-            held += sizes[segment]
-            link_free = (begin if begin > link_free else link_free) + copy_seconds[segment]
-            landing[segment] = link_free
-            fetch.append(segment)
-        for segment in needed:
-            if landing[segment] > now:
-                now = landing[segment]
-        fits = evict(position, room[position], release)
-        assert fits
-        now += seconds[position]
-        # prefetch while the link would idle before the next boundary
-        limit = limits[position]
-        while link_free < now:
-            segment = -1
-            while cursor < limit:
-                for segment in needs[cursor][part:]:
-                    if not present[segment]:
-                        break
-                    part += 1
-                else:
-                    cursor, part = cursor + 1, 0
-                    continue
-                break
-            if cursor >= limit:
-                break
-            starts = begin if begin > link_free else link_free
-            if lead < inf and (
-                elapsed[cursor] - elapsed[position + 1]
-                > copy_seconds[segment] + lead
-            ):
-                break
-            if not evict(cursor, room[position] - sizes[segment], release):
-                break
-            present[segment] = True
-            held += sizes[segment]
-            link_free = starts + copy_seconds[segment]
-            landing[segment] = link_free
-            fetch.append(segment)
-            heappush(furthest, (-cursor, segment))
-        for segment, later in zip(needed, after[position], strict=True):
-            upcoming[segment] = later
-            heappush(furthest, (-later, segment))
-    return draft
+    def _missing(self, position: int) -> int:
+        """The segment missing soonest after ``position`` and before its limit, or -1."""
+        needs, present, limit = self.problem.needs, self.present, self.limits[position]
+        use, place = max(self.cursor, (position, 0))
+        while use < limit:
+            needed = needs[use]
+            while place < len(needed):
+                if not present[needed[place]]:
+                    self.cursor = use, place
+                    return needed[place]
+                place += 1
+            use, place = use + 1, 0
+        self.cursor = use, place
+        return -1
+
+    def _fetch(self, segment: int, begin: float, fetch: list[int]) -> None:
+        starts = begin if begin > self.link_free else self.link_free
+        self.link_free = self.landing[segment] = starts + self.problem.copy_seconds[segment]
+        self.present[segment] = True
+        self.held += self.problem.sizes[segment]
+        fetch.append(segment)
+
+    def _make_room(self, least: int, target: int, release: list[int]) -> None:
+        """Release segments next used after ``least``, so that at most ``target`` stay."""
+        if self.held <= target:
+            return
+        sizes, upcoming, chosen, spared = self.problem.sizes, self.upcoming, [], []
+        excess = self.held - target
+        while excess > 0:
+            entry = heappop(self.victims)
+            when, segment = -entry[1], entry[2]
+            if not self.present[segment] or upcoming[segment] != when:
+                continue
+            if when <= least or self.fresh[segment]:
+                spared.append(entry)
+                continue
+            chosen.append(entry)
+            excess -= sizes[segment]
+        for entry in reversed(chosen):
+            if sizes[entry[2]] <= -excess:  # the others are enough
+                excess += sizes[entry[2]]
+                spared.append(entry)
+            else:
+                self._release(entry[2], release)
+        for entry in spared:
+            heappush(self.victims, entry)
+
+    def _release(self, segment: int, release: list[int]) -> None:
+        self.present[segment] = False
+        self.held -= self.problem.sizes[segment]
+        release.append(segment)
+
+    def _finish(self, position: int) -> None:
+        """Use ``position`` has run: its segments may go now."""
+        for segment, later in zip(self.problem.needs[position], self.after[position], strict=True):
+            self.upcoming[segment] = later
+            self.fresh[segment] = False
+            self._offer(segment)
+
+    def _offer(self, segment: int) -> None:
+        """Make ``segment`` a victim, in the order of its next use."""
+        problem, when = self.problem, self.upcoming[segment]
+        if when == problem.length:
+            rank = -2 * problem.elapsed[-1] - 1.0
+        else:
+            rank = self.bulk * problem.copy_seconds[segment] - problem.elapsed[when]
+        heappush(self.victims, (rank, -when, segment))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TypeVar
 
 from ..errors import OffloadError, PlanError
 from .model import Use
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,3 +162,32 @@ def _in_units(
     return [math.floor(size / unit) for size in sizes], rooms
 
 
+
+
+def unrolled(problem: Problem, cycles: int) -> Problem:
+    """``cycles`` rounds of a cyclic problem as one that is not cyclic and starts with nothing."""
+    seconds = problem.seconds * cycles
+    return replace(
+        problem,
+        needs=problem.needs * cycles,
+        seconds=seconds,
+        room=problem.room * cycles,
+        cyclic=False,
+        elapsed=tuple(accumulate(seconds, initial=0.0)),
+    )
+
+
+def rotated(problem: Problem, first: int) -> Problem:
+    """The same cycle, begun at use ``first``."""
+    seconds = _turn(problem.seconds, first)
+    return replace(
+        problem,
+        needs=_turn(problem.needs, first),
+        seconds=seconds,
+        room=_turn(problem.room, first),
+        elapsed=tuple(accumulate(seconds, initial=0.0)),
+    )
+
+
+def _turn(items: tuple[_T, ...], first: int) -> tuple[_T, ...]:
+    return items[first:] + items[:first]

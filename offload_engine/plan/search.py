@@ -1,247 +1,324 @@
-"""prototype"""
+"""Branch and bound over the boundaries: exact where few segments compete, else a beam."""
+
 from __future__ import annotations
 
+from bisect import bisect_left
+from dataclasses import dataclass
+from itertools import accumulate, islice
 from math import inf
+from typing import NamedTuple
 
+from .bound import Bounds
 from .clock import Draft
-from .problem import Problem, first_positions, next_positions
+from .problem import Problem
+
+_MOST_COMPARED = 64  # labels that may dominate one
+_MORE_VICTIMS = 4  # than must go, looked at by a narrow beam
+
+
+@dataclass(frozen=True, slots=True)
+class Beam:
+    """How much of the tree to walk; all of it by default."""
+
+    width: int = 1 << 60  # labels kept at each boundary
+    reach: int = 1 << 60  # missing segments looked at, soonest first
+    fetches: int = 1 << 60  # choices of what to fetch, per label
+    releases: int = 1 << 60  # choices of what to release, per choice of fetches
+
+    @property
+    def is_whole(self) -> bool:
+        return min(self.reach, self.fetches, self.releases) == 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The best of a search."""
+
+    seconds: float
+    draft: Draft | None  # None if nothing better than what was known before
+    bound: float  # no plan is faster; 0 if nothing is proved
+    effort: int  # table entries looked at
+    fronts: list[list[Label]]
+
+
+class Label(NamedTuple):
+    """One way to have reached a boundary."""
+
+    least: float  # seconds of the whole plan, at least
+    tie: float
+    now: float
+    link_free: float  # never before now
+    held: int  # bits of the segments that are there or in flight, and still of use
+    flying: int  # the segment in flight, or -1
+    came: tuple[Label, int, tuple[int, ...]] | None  # from, released bits, fetched
 
 
 class Search:
-    def __init__(self, problem, from_boundary, from_start):
-        self.p = p = problem
-        n = p.length
-        S = len(p.sizes)
-        self.H, self.G = from_boundary, from_start
-        self.need = [sum(1 << s for s in nd) for nd in p.needs]
-        up = [n] * S
-        order = []
-        self.order = [()] * (n + 1)
-        self.future = [0] * (n + 1)
-        fut = 0
-        for i in range(n - 1, -1, -1):
-            for s in p.needs[i]:
-                if up[s] < n:
-                    order.remove(s)
-                up[s] = i
-                order.insert(0, s)
-                fut |= 1 << s
-            self.order[i] = tuple((1 << s, s, p.copy_seconds[s], from_start[up[s]]) for s in order)
-            self.future[i] = fut
-        self.memo = {}
+    """Labels go from boundary to boundary; those that cannot win or are dominated die.
 
-    def total(self, mask):
-        r = self.memo.get(mask)
-        if r is None:
-            r = 0
-            m = mask
-            sizes = self.p.sizes
-            while m:
-                b = m & -m
-                r += sizes[b.bit_length() - 1]
-                m ^= b
-            self.memo[mask] = r
-        return r
+    Nothing is lost by looking only at plans that queue a copy at the last boundary before it
+    starts, fetch what a use lacks before anything else, release no more than they must and,
+    among segments of one size, fetch the soonest needed and release the furthest needed first.
+    """
 
-    def victims(self, i, pool, excess, limit):
-        """minimal sets of pool (mask) with total>=excess; per size class furthest first"""
-        sizes = self.p.sizes
-        far = [(b, sizes[s]) for b, s, _, _ in reversed(self.order[i + 1]) if pool & b]
-        out = []
-        n = len(far)
-        suffix = [0] * (n + 1)
-        for j in range(n - 1, -1, -1):
-            suffix[j] = suffix[j + 1] + far[j][1]
+    def __init__(self, problem: Problem, bounds: Bounds) -> None:
+        self.problem = problem
+        self.bounds = bounds
+        self.needed = [_bits(needed) for needed in problem.needs]
+        self.totals: dict[int, int] = {0: 0}
+        self.copies: dict[int, float] = {}
+        self.effort = 0
+        self._read_order()
 
-        def rec(j, mask, need, least, skipped):
-            # least: smallest chosen size
-            if need <= 0:
-                if least + need > 0:  # minimal: dropping smallest breaks it
-                    out.append(mask)
-                return
-            if j == n or suffix[j] < need or len(out) >= limit:
-                return
-            b, w = far[j]
-            if w not in skipped:
-                rec(j + 1, mask | b, need - w, w if w < least else least, skipped)
-            rec(j + 1, mask, need, least, skipped | {w})
+    def _read_order(self) -> None:
+        """For each boundary: segments of use from there on, by next use, and their bits."""
+        problem, starts = self.problem, self.bounds.from_start
+        entry: dict[int, tuple[int, int, float, float]] = {}
+        self.order: list[tuple[tuple[int, int, float, float], ...]] = [()] * (problem.length + 1)
+        self.future = [0] * (problem.length + 1)
+        for position in range(problem.length - 1, -1, -1):
+            head = {}
+            for s in problem.needs[position]:
+                entry.pop(s, None)
+                head[s] = (1 << s, s, problem.copy_seconds[s], starts[position])
+            entry = head | entry
+            self.order[position] = tuple(entry.values())
+            self.future[position] = self.future[position + 1] | self.needed[position]
 
-        rec(0, 0, excess, inf, frozenset())
-        return out
+    def run(
+        self, best: float, beam: Beam = Beam(), most_effort: float = inf, every: int = 0
+    ) -> Found:
+        """A plan faster than ``best`` seconds, if there is one within the beam.
 
-    def run(self, best, width, reach=None, fan=10**9, vfan=10**9, prefer="few", maxlabels=10**9):
-        """returns (seconds, trace, proven_bound)"""
-        p = self.p
-        n = p.length
-        sizes, copy = p.sizes, p.copy_seconds
-        H, G = self.H, self.G
-        start = sum(1 << s for s in p.resident) & self.future[0]
-        labels = [(0.0, 0.0, 0.0, 0.0, start, -1, None)]
-        dropped = inf
-        eps = 1e-12 * max(1.0, H[0])
-        count = 0
-        capped = False
-        for i in range(n):
-            room, sec = p.room[i], p.seconds[i]
-            need = self.need[i]
-            fut = self.future[i + 1]
-            order = self.order[i + 1]
-            base_h = H[i + 1]
-            table = {}
-            for lab in labels:
-                _, _, t, lam, held, fly, _ = lab
-                flybit = 1 << fly if fly >= 0 else 0
-                miss = need & ~held
-                lam1 = lam
-                fetch0 = []
-                m = miss
-                while m:
-                    b = m & -m
-                    s = b.bit_length() - 1
-                    lam1 += copy[s]
-                    fetch0.append(s)
-                    m ^= b
-                if miss or flybit & need:
-                    t2 = lam1 + sec
-                else:
-                    t2 = t + sec
-                must = (need & held) | flybit | miss
-                musttot = self.total(must)
-                if musttot > room:
-                    continue
-                choices = []
-                if lam1 >= t2:
-                    choices.append((0, (), lam1, -1))
-                else:
-                    cand = [(b, s, c) for b, s, c, _ in order if not (held | miss) & b]
-                    if reach is not None:
-                        cand = cand[:reach]
-
-                    def rec(j, mask, seq, lam2, tot, skipped):
-                        if len(choices) >= fan:
-                            return
-                        for q in range(j, len(cand)):
-                            b, s, c = cand[q]
-                            w = sizes[s]
-                            if w in skipped or tot + w > room:
-                                continue
-                            if lam2 + c <= t2:
-                                rec(q + 1, mask | b, seq + (s,), lam2 + c, tot + w, skipped)
-                            else:
-                                choices.append((mask | b, seq + (s,), lam2 + c, s))
-                            skipped = skipped | {w}
-                        choices.append((mask, seq, lam2, -1))
-
-                    # straddlers earlier in order than chosen completes
-                    rec(0, 0, (), lam1, musttot, frozenset())
-                    if reach is None:
-                        extra = []
-                        for mask, seq, lam2, f in choices:
-                            if f >= 0 or not seq or lam2 >= t2:
-                                continue
-                            tot = musttot + self.total(mask)
-                            for b, s, c in cand:
-                                if mask & b or lam2 + c <= t2 or tot + sizes[s] > room:
-                                    continue
-                                extra.append((mask | b, seq + (s,), lam2 + c, s))
-                        choices += extra
-                seen = set()
-                for mask, seq, lam2, f in choices:
-                    if (mask, f) in seen:
-                        continue
-                    seen.add((mask, f))
-                    if f < 0 and lam2 > t2 and not miss:
-                        f = fly
-                    if f >= 0 and not fut >> f & 1:
-                        f = -1
-                    lam3 = lam2 if lam2 > t2 else t2
-                    if lam3 == t2:
-                        f = -1
-                    core = must | mask
-                    opt = held & ~core & fut
-                    excess = self.total(core) + self.total(opt) - room
-                    rels = self.victims(i, opt, excess, vfan) if excess > 0 else (0,)
-                    for rel in rels:
-                        now_held = (core | opt & ~rel) & fut
-                        # bound
-                        h = t2 + base_h
-                        x = lam3
-                        for b, s, c, g in order:
-                            if not now_held & b:
-                                x += c
-                                if x + g > h:
-                                    h = x + g
-                            elif s == f and lam3 + g > h:
-                                h = lam3 + g
-                        if h >= best - eps:
-                            continue
-                        key = (now_held, f)
-                        tie = x if prefer == "few" else -lam3
-                        new = (h, tie, t2, lam3, now_held, f, (lab, rel, fetch0, seq))
-                        old = table.get(key)
-                        if old is None:
-                            table[key] = [new]
-                        else:
-                            for o in old:
-                                if o[2] <= t2 and o[3] <= lam3:
-                                    break
-                            else:
-                                table[key] = [o for o in old if not (t2 <= o[2] and lam3 <= o[3])] + [new]
-            labels = [x for labs in table.values() for x in labs]
-            labels.sort(key=lambda x: x[:2])
-            count += len(labels)
+        With ``every``, also the labels of each so manieth boundary, until some are dropped.
+        """
+        self.beam, self.best = beam, best * (1 - 1e-12)
+        self.effort, self.spent, dropped = 0, 0, inf
+        fronts: list[list[Label]] = []
+        start = _bits(self.problem.resident) & self.future[0]
+        labels = [Label(0.0, 0.0, 0.0, 0.0, start, -1, None)]
+        for position in range(self.problem.length):
+            table: dict[tuple[int, int], list[Label]] = {}
+            for label in labels:
+                self._expand(position, label, table)
+            parents = len(labels)
+            labels = [label for same in table.values() for label in same]
+            labels.sort(key=_promise)
+            width = self._width(position, parents, most_effort)
             if len(labels) > width:
-                dropped = min(dropped, labels[width][0])
-                labels = labels[:width]
-            elif 1 < len(labels):
-                labels = self.undominated(labels)
-            if count > maxlabels:
-                return best, None, 0.0, count
-        exact = reach is None and fan >= 10**9 and vfan >= 10**9
-        if not labels:
-            return best, None, min(best, dropped) if exact else 0.0, count
-        lab = min(labels, key=lambda x: x[2])
-        return lab[2], self.trace(lab), min(lab[2], dropped) if exact else 0.0, count
+                dropped = min(dropped, labels[width].least)
+                del labels[width:]
+            labels = self._undominated(labels)
+            if every and (position + 1) % every == 0 and dropped == inf:
+                fronts.append(labels)
+        labels.sort(key=lambda label: label.now)
+        seconds = labels[0].now if labels else best
+        draft = self._draft(labels[0]) if labels else None
+        bound = min(seconds, best, dropped) if beam.is_whole else 0.0
+        return Found(seconds, draft, bound, self.effort, fronts)
 
-    def undominated(self, labels):
-        if len(labels) > 3000:
-            return labels
-        labels.sort(key=lambda x: (-x[4].bit_count(), x[2], x[3]))
-        kept = []
-        for x in labels:
-            _, _, t, lam, held, f, _ = x
-            for y in kept:
-                if y[4] & held == held and y[2] <= t and (y[5] < 0 or (y[5] == f and y[3] <= lam)):
-                    break
+    def _width(self, position: int, parents: int, most_effort: float) -> int:
+        """How many labels to keep, so that the effort lasts to the end."""
+        spent, self.spent = self.effort - self.spent, self.effort
+        if most_effort == inf or not parents:
+            return self.beam.width
+        share = max(1 / 16, 1 / (self.problem.length - position))
+        affordable = (most_effort - self.effort) * share * parents / max(1, spent)
+        return min(self.beam.width, max(2, int(affordable)))
+
+    def _expand(
+        self, position: int, label: Label, table: dict[tuple[int, int], list[Label]]
+    ) -> None:
+        """Add to ``table`` what can follow ``label`` at boundary ``position``."""
+        _, _, now, link_free, held, flying, _ = label
+        problem, needed, future = self.problem, self.needed[position], self.future[position + 1]
+        flying_bit = 1 << flying if flying >= 0 else 0
+        missing = needed & ~held
+        must = needed | flying_bit
+        spare = problem.room[position] - self.total(must)
+        if spare < 0:
+            return
+        lacking = _segments(missing)
+        for segment in lacking:
+            link_free += problem.copy_seconds[segment]
+        end = (link_free if missing or flying_bit & needed else now) + problem.seconds[position]
+        optional = held & ~must & future
+        for bits, fetched, free, late in self._fetches(position, held | missing, link_free, end, spare):
+            if free > end:
+                late = late if late >= 0 else flying
             else:
-                kept.append(x)
-        kept.sort(key=lambda x: x[:2])
+                free, late = end, -1
+            if late >= 0 and not future >> late & 1:
+                late = -1
+            excess = self.total(bits) + self.total(optional) - spare
+            for released in self._releases(position, optional, excess):
+                now_held = (must | bits | optional & ~released) & future
+                least, tie = self._least(position + 1, end, free, now_held, late)
+                if least < self.best:
+                    came = (label, released, (*lacking, *fetched))
+                    new = Label(least, tie, end, free, now_held, late, came)
+                    _add(table.setdefault((now_held, late), []), new)
+
+    def _fetches(
+        self, position: int, held: int, link_free: float, end: float, spare: int
+    ) -> list[tuple[int, tuple[int, ...], float, int]]:
+        """Choices of (bits, segments, link free, segment in flight at ``end`` or -1)."""
+        choices: list[tuple[int, tuple[int, ...], float, int]] = []
+        if link_free >= end:
+            return [(0, (), link_free, -1)]
+        sizes, beam = self.problem.sizes, self.beam
+        away = (entry for entry in self.order[position + 1] if not held & entry[0])
+        missing = list(islice(away, beam.reach))
+
+        def choose(
+            first: int, bits: int, chosen: tuple[int, ...], free: float, spare: int, skipped: set[int]
+        ) -> None:
+            passed = set(skipped)
+            for number in range(first, len(missing)):
+                bit, segment, copy, _ = missing[number]
+                size = sizes[segment]
+                if size in passed or size > spare or len(choices) >= beam.fetches:
+                    continue
+                if free + copy <= end:
+                    choose(number + 1, bits | bit, (*chosen, segment), free + copy, spare - size, passed)
+                    passed.add(size)
+                else:
+                    choices.append((bits | bit, (*chosen, segment), free + copy, segment))
+            if self.beam.is_whole and free < end:
+                # earlier ones, passed over for this choice, may be the one in flight
+                for bit, segment, copy, _ in missing[:first]:
+                    if not bits & bit and free + copy > end and sizes[segment] <= spare:
+                        choices.append((bits | bit, (*chosen, segment), free + copy, segment))
+            choices.append((bits, chosen, free, -1))
+
+        choose(0, 0, (), link_free, spare, set())
+        return choices
+
+    def _releases(self, position: int, optional: int, excess: int) -> list[int]:
+        """Least sets out of ``optional`` that give back ``excess`` units, as bits."""
+        if excess <= 0:
+            return [0]
+        sizes, most = self.problem.sizes, self.beam.releases
+        far = [
+            (bit, sizes[segment])
+            for bit, segment, _, _ in reversed(self.order[position + 1])
+            if optional & bit
+        ]
+        if not self.beam.is_whole:
+            enough = bisect_left([*accumulate(size for _, size in far)], excess)
+            del far[enough + _MORE_VICTIMS :]
+        after = [0] * (len(far) + 1)
+        for number in range(len(far) - 1, -1, -1):
+            after[number] = after[number + 1] + far[number][1]
+        found: list[int] = []
+
+        def choose(number: int, bits: int, excess: int, least: float, kept: frozenset[int]) -> None:
+            if excess <= 0:
+                if least + excess > 0:  # without the smallest it would not be enough
+                    found.append(bits)
+                return
+            if after[number] < excess or len(found) >= most:
+                return
+            bit, size = far[number]
+            if size not in kept:
+                choose(number + 1, bits | bit, excess - size, min(least, size), kept)
+            choose(number + 1, bits, excess, least, kept | {size})
+
+        choose(0, 0, excess, inf, frozenset())
+        return found
+
+    def _least(
+        self, position: int, now: float, link_free: float, held: int, flying: int
+    ) -> tuple[float, float]:
+        """Seconds of any plan that goes on like this, at least; and when all would have landed."""
+        order = self.order[position]
+        self.effort += len(order) + 16
+        least = now + self.bounds.from_boundary[position]
+        free = link_free
+        for bit, segment, copy, rest in order:
+            if not held & bit:
+                free += copy
+                if free + rest > least:
+                    least = free + rest
+            elif segment == flying and link_free + rest > least:
+                least = link_free + rest
+        return least, free
+
+    def total(self, bits: int) -> int:
+        """Units of the segments in ``bits``."""
+        known = self.totals.get(bits)
+        if known is None:
+            known = sum(self.problem.sizes[segment] for segment in _segments(bits))
+            self.totals[bits] = known
+        return known
+
+    def _undominated(self, labels: list[Label]) -> list[Label]:
+        """``labels`` by promise, less those from which no plan is sooner than from another."""
+        if len(labels) < 2:
+            return labels
+        kept: list[Label] = []
+        for label in sorted(labels, key=lambda label: (label.now, -label.held.bit_count())):
+            if all(self.lead(other, label) < 0 for other in kept[:_MOST_COMPARED]):
+                kept.append(label)
+        kept.sort(key=_promise)
         return kept
 
-    def trace(self, lab):
-        p = self.p
-        d = Draft.empty(p)
-        i = p.length - 1
-        while lab[6] is not None:
-            parent, rel, f0, seq = lab[6]
-            core = lab[4]
-            d.fetch[i] = [*f0, *seq]
-            # released = parent held - (now kept)
-            before = parent[4]
-            d.release[i] = [s for s in range(len(p.sizes)) if rel >> s & 1]
-            lab = parent
-            i -= 1
-        # dead ones: release after last use
-        from .tidy import without_waste
-        return without_waste(p, d)
-        last = {}
-        for k, nd in enumerate(p.needs):
-            for s in nd:
-                last[s] = k
-        for s in list(held):
-            if s not in last and p.length:
-                d.release[0].append(s)
-        for s, k in last.items():
-            if k + 1 < p.length:
-                d.release[k + 1].append(s)
-        return d
+    def lead(self, first: Label, second: Label) -> float:
+        """Seconds by which ``first`` is ahead of ``second``, whatever comes.
+
+        It is, if it can fetch what the other holds before the other is there: then it does what
+        the other does, no later. What it has in flight must be in flight there too, or it could
+        be in the way.
+        """
+        lacking = second.held & ~first.held
+        if first.flying >= 0 and first.flying != second.flying:
+            return -inf
+        if not lacking:
+            lead = second.now - first.now
+            if first.flying >= 0:
+                lead = min(lead, second.link_free - first.link_free)
+            return lead
+        return second.now - max(first.now, first.link_free) - self.copying(lacking)
+
+    def copying(self, bits: int) -> float:
+        """Seconds that copies of the segments in ``bits`` take."""
+        known = self.copies.get(bits)
+        if known is None:
+            known = sum(self.problem.copy_seconds[segment] for segment in _segments(bits))
+            self.copies[bits] = known
+        return known
+
+    def _draft(self, label: Label) -> Draft:
+        draft, position = Draft.empty(self.problem), self.problem.length - 1
+        while label.came is not None:
+            label, released, fetched = label.came
+            draft.release[position] = _segments(released)
+            draft.fetch[position] = [*fetched]
+            position -= 1
+        return draft
+
+
+def _promise(label: Label) -> tuple[float, float]:
+    return label.least, label.tie
+
+
+def _add(same: list[Label], new: Label) -> None:
+    """Add ``new`` to labels that hold the same, unless one of them is as soon."""
+    for other in same:
+        if other.now <= new.now and other.link_free <= new.link_free:
+            return
+    same[:] = [o for o in same if not (new.now <= o.now and new.link_free <= o.link_free)]
+    same.append(new)
+
+
+def _bits(segments: tuple[int, ...] | frozenset[int]) -> int:
+    return sum(1 << segment for segment in segments)
+
+
+def _segments(bits: int) -> list[int]:
+    found = []
+    while bits:
+        bit = bits & -bits
+        found.append(bit.bit_length() - 1)
+        bits ^= bit
+    return found

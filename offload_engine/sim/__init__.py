@@ -5,6 +5,7 @@ memory and capacity are checked at every operator; time is virtual. Simulated ru
 bytes, never speed.
 """
 
+from .build import SimUnavailable, why_unavailable
 from .control import (
     Counters,
     allow,
@@ -20,7 +21,6 @@ from .control import (
     unregister_host,
     violations,
 )
-from .build import SimUnavailable, why_unavailable
 from .violations import CHECKS, Found, Violation
 
 __all__ = [

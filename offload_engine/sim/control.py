@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import build
+from .build import SimUnavailable
 from .violations import CHECKS, Found
 
 if TYPE_CHECKING:
     import torch
 
 _N_DEVICES = 2
-_UNLIMITED = 2**63 - 1
 _loaded = False
+_failure: str | None = None  # of the first attempt; another would fail the same, and take as long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +60,26 @@ def load() -> torch.device:
     if not _loaded:
         from . import device_module
 
-        torch.ops.load_library(str(build.library()))
+        torch.ops.load_library(str(_library()))
         device_module.register()
         _loaded = True
     return torch.device("sim", 0)
 
 
+def _library() -> Path:
+    global _failure
+    if _failure is not None:
+        raise SimUnavailable(_failure)
+    try:
+        return build.library()
+    except SimUnavailable as error:
+        _failure = str(error)
+        raise
+
+
 def _ops() -> Any:
-    assert _loaded, "call offload_engine.sim.load() first"
+    if not _loaded:
+        raise SimUnavailable("The simulated device is not loaded; call offload_engine.sim.load().")
     import torch
 
     return torch.ops.offload_engine_sim
@@ -80,14 +94,15 @@ def configure(
     launch_seconds: float | None = None,
     memory_bandwidth: float | None = None,
     pinned_limit_nbytes: int | None = None,
-    device: int | None = None,
+    device: torch.device | int | None = None,
 ) -> None:
     """Set what is given, on one device or (None) on both, until the next reset().
 
     Bandwidths are in bytes per second. An operator takes ``launch_seconds`` plus the bytes that it
     touches at ``memory_bandwidth``. The limit on pinned memory is the host's.
     """
-    for index in range(_N_DEVICES) if device is None else (device,):
+    index_of = getattr(device, "index", device)
+    for index in range(_N_DEVICES) if index_of is None else (index_of,):
         _ops().configure(
             index,
             capacity_nbytes,

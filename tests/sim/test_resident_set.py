@@ -4,6 +4,8 @@ The pipelines here are real classes in miniature: a __call__ that runs component
 the pipeline named, `maybe_free_model_hooks` at its end.
 """
 
+import gc
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -49,6 +51,7 @@ class Miniature(DiffusionPipeline):
 
 @pytest.fixture
 def pipe(sim_device):
+    gc.collect()  # an earlier test's pipeline may still hold device memory
     torch.manual_seed(0)
     parts = ("te", "te2", "image_encoder", "transformer", "transformer_2", "controlnet", "vae")
     sizes = dict(zip(parts, (96, 128, 64, 512, 480, 256, 160), strict=True))

@@ -5,14 +5,32 @@ import pytest
 import torch
 from torch import nn
 
-from offload_engine.watch import same_content, unwatch, watch, watch_optimizers
+from offload_engine.watch import same_content, unwatch, watch, watch_process
 
 
 @pytest.fixture
 def parameter():
+    undo = watch_process()
     value = nn.Parameter(torch.randn(40, 30))
     watch(value)
-    return value
+    yield value
+    undo()
+
+
+def test_the_watch_leaves_no_trace_on_torch():
+    before = dict(vars(nn.Parameter))
+    undo = watch_process()
+    assert dict(vars(nn.Parameter)) != before
+    undo()
+    assert dict(vars(nn.Parameter)) == before
+
+
+def test_a_watched_parameter_is_a_parameter_like_any_other(parameter):
+    assert type(parameter) is nn.Parameter
+    assert type(parameter.data) is torch.Tensor
+    other = nn.Parameter(torch.ones(2))
+    other.data.add_(1)
+    assert not unwatch(other)
 
 
 @pytest.mark.parametrize(
@@ -42,10 +60,8 @@ def test_running_leaves_none(parameter):
 
 
 def test_a_step_of_an_optimizer_leaves_a_mark(parameter):
-    undo = watch_optimizers()
     parameter.grad = torch.ones_like(parameter)
     torch.optim.AdamW([parameter], fused=True).step()
-    undo()
     assert unwatch(parameter)
 
 

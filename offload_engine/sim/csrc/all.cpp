@@ -1,4 +1,8 @@
 // One translation unit: reading torch's headers is most of the build.
+//
+// To read it, begin with the model: hazards, clock, machine, memory, pinned, copies, violations.
+// Then what torch sees of it: device, allocators, tensors, fallback, kernels, autocast. What the
+// Python package calls is in control.
 #include "allocators.cpp"
 #include "autocast.cpp"
 #include "clock.cpp"

@@ -50,7 +50,8 @@ struct SimAllocator final : c10::DeviceAllocator {
     for_each_stat(device, [](Stat& stat) { stat.reset_peak(); });
   }
 
-  std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex device) override {
+  // Overrides from torch 2.10 on.
+  std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex device) {
     std::lock_guard guard(machine().lock);
     return {device_memory().free_nbytes(device),
             machine().devices[device].config.capacity_nbytes};

@@ -58,6 +58,13 @@ std::vector<int64_t> counters() {
           c.empty_cache_calls, c.allocations,   c.pinned_nbytes,     c.peak_pinned_nbytes};
 }
 
+// Free and total bytes. torch.accelerator has it only in newer versions.
+std::vector<int64_t> memory_info(int64_t device) {
+  std::lock_guard guard(machine().lock);
+  return {static_cast<int64_t>(device_memory().free_nbytes(device)),
+          machine().devices.at(device).config.capacity_nbytes};
+}
+
 // Three texts for each: the check, what became of it, and the message.
 std::vector<std::string> violations() {
   std::lock_guard guard(machine().lock);
@@ -117,6 +124,7 @@ TORCH_LIBRARY(offload_engine_sim, m) {
   m.def("configure", &configure);
   m.def("set_pinned_limit", &set_pinned_limit);
   m.def("counters", &counters);
+  m.def("memory_info", &memory_info);
   m.def("violations", &violations);
   m.def("allow", &allow);
   m.def("spend", &spend);

@@ -37,7 +37,9 @@ struct SimGuard final : c10::impl::DeviceGuardImplInterface {
     if (device.has_index()) t_device = device.index();
   }
 
+#if __has_include(<c10/core/DeviceCapability.h>)
   c10::DeviceCapability getDeviceCapability(c10::Device) const override { return {}; }
+#endif
 
   c10::Stream getStream(c10::Device device) const override {
     return to_stream(t_streams[index_of(device)]);
@@ -198,7 +200,7 @@ at::Generator cpu_generator(const at::Generator& generator) {
 }
 
 void register_device() {
-  c10::impl::registerDeviceGuard(kSim, new SimGuard);
+  c10::impl::DeviceGuardImplRegistrar(kSim, new SimGuard);
   at::RegisterPrivateUse1HooksInterface(new SimHooks);
 }
 

@@ -192,9 +192,8 @@ void Call::finish() {
   for (size_t i = stack_.size() - n_returns; i < stack_.size(); ++i)
     replace_tensors(stack_[i], [&](const at::Tensor& result) { return to_sim(result); });
   if (facts_.is_metadata_only) return;
-  const Actor stream = current_stream(device_.index());
-  machine().run_compute(stream, touched_nbytes_);
-  if (facts_.waits || has_mask()) machine().synchronize_always(stream);
+  machine().run_compute(access_.actor, touched_nbytes_);
+  if (facts_.waits || has_mask()) machine().synchronize_always(access_.actor);
 }
 
 // A mask is an index whose length only the device knows.
@@ -238,6 +237,7 @@ c10::Storage Call::adopt(const at::Tensor& result) {
   c10::StorageImpl* bytes = result.storage().unsafeGetStorageImpl();
   for (const auto& [cpu, storage] : adopted_)
     if (cpu == bytes) return storage;
+  TORCH_INTERNAL_ASSERT(!facts_.is_metadata_only, facts_.name, " made new memory");
   c10::Storage storage;
   if (bytes->nbytes() == 0)
     storage = c10::Storage(c10::Storage::use_byte_size_t(), 0, c10::DataPtr(nullptr, device_),

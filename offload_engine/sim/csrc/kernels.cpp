@@ -288,6 +288,11 @@ void register_kernels() {
   aten->impl("set_", TORCH_FN(set_empty));
   aten->impl("record_stream", TORCH_FN(record_stream));
   aten->impl("_has_compatible_shallow_copy_type", TORCH_FN(has_compatible_shallow_copy_type));
+  // A kernel of its own hides the operator's composite one from autograd, in some versions.
+  static auto* autograd = new torch::Library(torch::Library::IMPL, "aten",
+                                             c10::DispatchKey::AutogradPrivateUse1, __FILE__,
+                                             __LINE__);
+  autograd->impl("_has_compatible_shallow_copy_type", TORCH_FN(has_compatible_shallow_copy_type));
   aten->impl("as_strided", TORCH_FN(at::native::as_strided_tensorimpl));
   aten->impl("view", TORCH_FN(at::native::view));
   aten->impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));
