@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from .hooks import HfHook, Undo, Walker, install, run_back
 from .host_store import HostStore
 from .pipeline import Pipeline, calls_on_stack, engine_of, is_bitsandbytes_8bit
 from .report import Report, build_report
-from .residency import Residency, Unit
+from .residency import Event, Residency, Unit, new_log
 from .segments import sharing
 from .sequence import Cursor, Sequence, learn
 from .watch import watch_process
@@ -83,7 +84,8 @@ class Engine:
         self._mounts: dict[str, _Mount] = {}  # component name -> mount
         self._placed: dict[str, nn.Module] = {}  # excluded components, on the device for good
         # Of each call that is under way, the cursor that it interrupted.
-        self._calls: list[tuple[Cursor, Callable[[], None] | None]] = []
+        self._calls: list[tuple[Cursor, Callable[[], None] | None, deque[Event]]] = []
+        self._log = residency.log  # of the last call
         self._solo = False  # a loop did not fit: one component at a time from now on
         self._attached = True
         self._last_report: Report | None = None  # once detached
@@ -141,7 +143,7 @@ class Engine:
         if self._last_report is not None:
             return self._last_report
         return build_report(
-            list(self._residency.log),
+            list(self._log),
             {name: mount.unit for name, mount in self._mounts.items()},
             device=self.device,
             sequence=self._sequence,
@@ -195,8 +197,9 @@ class Engine:
             self.refresh()
             peak = slots.peak_nbytes(self.device)
             self._peaks = (peak, peak)
-            self._residency.log.clear()
-        self._calls.append((walker.cursor, walker.on_wrap))
+        self._calls.append((walker.cursor, walker.on_wrap, self._residency.log))
+        if len(self._calls) == 1:
+            self._log = self._residency.log = new_log()
         walker.cursor, walker.on_wrap = self._cursor(), None
 
     def end_call(self, error: BaseException | None) -> None:
@@ -205,7 +208,7 @@ class Engine:
         trace = walker.cursor.trace
         depth = calls_on_stack(self) - 1
         if len(self._calls) > depth:
-            walker.cursor, walker.on_wrap = self._calls[depth]
+            walker.cursor, walker.on_wrap, self._residency.log = self._calls[depth]
             del self._calls[depth:]
         if error is None:
             self._learn(trace)
@@ -221,7 +224,9 @@ class Engine:
             _log.exception("Could not release every component; the next call will.")
         if not self._calls:
             self._peaks = (self._peaks[0], slots.peak_nbytes(self.device))
-            self._idle()
+            if walker.on_wrap is not None:  # not within a call of another pipeline
+                self._residency.log = self._log
+                self._idle()
 
     def free(self) -> None:
         """``maybe_free_model_hooks``: everything off the device."""
@@ -242,6 +247,8 @@ class Engine:
         for name, module in list(self._placed.items()):
             if modules.get(name) is not module:
                 _take_off_protocol(self._placed.pop(name))
+            elif not is_bitsandbytes_8bit(module) and not _is_on(module, self.device):
+                module.to(self.device)  # moved away meanwhile, as by pipe.to("cpu")
         if set(modules) - set(self._mounts) - set(self._placed):
             self._mount_all(progress=False)
 
@@ -305,7 +312,7 @@ class Engine:
         excluded = self._pipeline.excluded(self._sequence)
         new = {n: m for n, m in modules.items() if n not in self._mounts and n not in self._placed}
         stay = {n for n, m in new.items() if n in excluded or is_bitsandbytes_8bit(m)}
-        on_device = any(not _on_cpu(module) for module in new.values())
+        on_device = any(not _is_on(module, torch.device("cpu")) for module in new.values())
         try:
             for name in stay:
                 self._place(name, new[name])
@@ -566,8 +573,8 @@ def _candidates(name: str) -> Iterator[str]:
         number += 1
 
 
-def _on_cpu(module: nn.Module) -> bool:
-    return all(t.device.type == "cpu" for t in (*module.parameters(), *module.buffers()))
+def _is_on(module: nn.Module, device: torch.device) -> bool:
+    return all(t.device == device for t in (*module.parameters(), *module.buffers()))
 
 
 def _take_off_protocol(module: nn.Module) -> None:

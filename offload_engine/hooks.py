@@ -265,8 +265,9 @@ class UnitDoors:
         self._armed = list(modules)
         for module in self._armed:
             is_root = module in roots
-            module._forward_pre_hooks[self._hook_id] = self._entry if is_root else self._door
+            # The flag before the hook, here and in disarm: an interrupt may fall in between.
             module._forward_pre_hooks_with_kwargs[self._hook_id] = True
+            module._forward_pre_hooks[self._hook_id] = self._entry if is_root else self._door
             if is_root:  # before the hooks of others, which may look at the weights
                 module._forward_pre_hooks.move_to_end(self._hook_id, last=False)  # type: ignore
             else:

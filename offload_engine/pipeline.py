@@ -87,9 +87,13 @@ class Pipeline:
 
     def _offloads_its_own_way(self) -> bool:
         """AudioLDM2 and a few others name no sequence but override enable_model_cpu_offload."""
-        own = getattr(type(self.pipe), "enable_model_cpu_offload", None)
         base = _diffusion_pipeline()
-        return own is not None and base is not None and own is not base.enable_model_cpu_offload
+        if base is None or not isinstance(self.pipe, base):
+            return False
+        lineage = type(self.pipe).__mro__
+        return any(
+            "enable_model_cpu_offload" in vars(cls) for cls in lineage[: lineage.index(base)]
+        )
 
     def excluded(self, seq: Sequence) -> set[str]:
         """Components that stay on the device: those excluded upstream, unless in the sequence."""
@@ -250,6 +254,9 @@ def _maybe_free_model_hooks(original: Any) -> Any:
             if hasattr(component, "_reset_stateful_cache"):
                 component._reset_stateful_cache()
         engine.free()
+        override = self.__dict__.get("enable_model_cpu_offload")
+        if override is not None:  # the user's own: upstream ends by calling it, too
+            override(device=self._offload_device)
 
     return maybe_free_model_hooks
 

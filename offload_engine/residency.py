@@ -159,7 +159,7 @@ class Unit:
         pointer = tensor.data_ptr()
         if pointer != weight.host_pointer or tensor.device.type != "cpu":
             if pointer != weight.device_pointer or _changed(weight, tensor, touched):
-                book("write_back", tensor.nbytes)
+                book(_kind(tensor), tensor.nbytes)
                 _copy(weight.host, tensor)
             _point(tensor, weight.host)
         weight.device_pointer = -1
@@ -188,7 +188,7 @@ class Unit:
         moved_nbytes = 0
         for tensor, view in zip(fresh, views, strict=True):
             weight = self._weights[id(tensor)] = _Weight(tensor, block, view)
-            book("adopt", tensor.nbytes)
+            book(_kind(tensor), tensor.nbytes)
             _copy(weight.host, tensor)
             _point(tensor, weight.host)
             moved_nbytes += tensor.nbytes
@@ -303,6 +303,11 @@ class Unit:
                     _point(weight.tensor, weight.view.in_span(spans[start]))
 
 
+def _kind(tensor: Tensor) -> str:
+    """What copying ``tensor`` to a master is: it comes from the device, or from the host."""
+    return "adopt" if tensor.device.type == "cpu" else "write_back"
+
+
 def _changed(weight: _Weight, tensor: Tensor, touched: bool) -> bool:
     """Whether the device copy differs from its master; see watch.py."""
     if weight.view.inference:  # counts no versions: only its content tells
@@ -334,6 +339,11 @@ def _point(tensor: Tensor, data: Tensor) -> None:
         tensor.grad = grad.to(data.device)
 
 
+def new_log() -> deque[Event]:
+    """An empty log; it forgets the oldest events rather than grow for ever."""
+    return deque(maxlen=_LOG_LENGTH)
+
+
 class Residency:
     """The units of the pipelines that share modules on one device, and what happened to them."""
 
@@ -341,7 +351,7 @@ class Residency:
         self.device = device
         self.link = Link(device) if device.type != "cpu" else None
         self.units: dict[str, Unit] = {}
-        self.log: deque[Event] = deque(maxlen=_LOG_LENGTH)
+        self.log = new_log()
         self.lock = threading.RLock()
 
     @property

@@ -63,7 +63,10 @@ def free_of_device_memory():
     return torch.accelerator.memory_allocated()
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError])
+ERRORS = [ValueError, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError]
+
+
+@pytest.mark.parametrize("error", ERRORS)
 def test_an_exception_in_a_callback_is_the_users_own_and_costs_nothing(pipe, latents, error):
     expected = pipe(latents)
     base = free_of_device_memory()
@@ -103,12 +106,18 @@ class Interrupter:
 
 
 def interrupted_at(pipe, latents, at, error):
+    """The lines that ran, and whether the interrupt at line ``at`` came through."""
     tracer = Interrupter(at, error)
     sys.settrace(tracer)
     try:
-        return pipe(latents, steps=1), tracer
+        pipe(latents, steps=1)
+    except error as raised:
+        assert str(raised) == "injected"
+        return tracer.seen, True
     finally:
         sys.settrace(None)
+    assert not tracer.fired, f"the interrupt at line {at} was swallowed"
+    return tracer.seen, False
 
 
 def test_an_interrupt_at_any_line_of_the_engine_leaves_a_working_engine(pipe, latents):
@@ -117,16 +126,17 @@ def test_an_interrupt_at_any_line_of_the_engine_leaves_a_working_engine(pipe, la
     pinned = sim.counters().pinned_nbytes
     engine = offload_engine.attach(pipe)
     held = sim.counters().pinned_nbytes
-    _, counting = interrupted_at(pipe, latents, -1, KeyboardInterrupt)
-    lines = counting.seen
+    pipe(latents, steps=1)  # the first call learns; the ones after it run fewer lines
+    lines, _ = interrupted_at(pipe, latents, -1, KeyboardInterrupt)
     assert lines > 500
-    for at in range(1, lines, max(1, lines // 300)):
-        with pytest.raises(KeyboardInterrupt, match="injected"):
-            interrupted_at(pipe, latents, at, KeyboardInterrupt)
+    interrupted = 0
+    for at in range(1, lines, max(1, lines // 120)):
+        interrupted += interrupted_at(pipe, latents, at, KeyboardInterrupt)[1]
         assert torch.equal(pipe(latents, steps=1), expected), f"after an interrupt at line {at}"
         assert engine.resident == ()
         assert free_of_device_memory() == base
         assert sim.counters().pinned_nbytes == held
+    assert interrupted > 90
     engine.detach()
     assert torch.equal(pipe(latents, steps=1), expected)
     gc.collect()
@@ -144,7 +154,7 @@ def test_an_interrupt_while_attaching_leaves_nothing_attached(pipe, latents):
     finally:
         sys.settrace(None)
     engine.detach()
-    for at in range(1, counting.seen, max(1, counting.seen // 150)):
+    for at in range(1, counting.seen, max(1, counting.seen // 80)):
         sys.settrace(Interrupter(at, KeyboardInterrupt))
         try:
             with pytest.raises(KeyboardInterrupt):
@@ -255,6 +265,28 @@ def test_a_call_within_a_call_leaves_both_right(pipe, latents):
         assert torch.equal(pipe(latents, callback=callback), expected)
         assert torch.equal(inner.pop(), expected)
     assert engine.resident == ()
+
+
+def test_a_call_of_a_pipeline_that_shares_modules_within_a_call_leaves_both_right(pipe, latents):
+    other = Pipe(te=pipe.te, unet=pipe.unet, vae=Part(nn.Linear(64, 8), nn.Linear(8, 64)).eval())
+    expected, expected_other = pipe(latents), other(latents)
+    engine, engine_other = offload_engine.attach(pipe), offload_engine.attach(other)
+    inner = []
+
+    def callback(_, step):
+        if step == 1:
+            inner.append(other(latents))
+
+    for _ in range(2):
+        assert torch.equal(pipe(latents, callback=callback), expected)
+        assert torch.equal(inner.pop(), expected_other)
+        fetches = [engine.report().components[n].fetches for n in ("te", "unet", "vae")]
+        assert fetches == [1, 2, 1]  # the unet anew after the inner call
+        assert engine_other.report().components["te"].fetches == 1
+    engine_other.detach()
+    assert torch.equal(pipe(latents), expected)
+    engine.detach()
+    assert torch.equal(other(latents), expected_other)
 
 
 def test_two_pipelines_in_two_threads_do_not_disturb_each_other(pipe, latents):

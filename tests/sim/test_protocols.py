@@ -5,13 +5,16 @@ reads it; what it only counts is asserted on its counters.
 """
 
 import gc
+import itertools
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import offload_engine
-from offload_engine import residency, sim, transfers
+from offload_engine import hooks, residency, sim, transfers
 from offload_engine.segments import View
 
 
@@ -127,6 +130,7 @@ def test_a_stream_that_did_not_wait_is_caught(engine, modules, x, sim_device, mo
 
 def test_masters_freed_while_a_copy_reads_them_are_caught(engine, modules, x, monkeypatch):
     monkeypatch.setattr(residency.Unit, "finish", lambda unit, link: None)
+    monkeypatch.setattr(engine, "report", lambda: None)  # it waits for copies, to time them
     monkeypatch.setattr(transfers.Link, "order", deaf(lambda link, s: s != link.copy_stream))
     monkeypatch.setattr(transfers.Link, "join", lambda link, fetch: None)
 
@@ -197,7 +201,7 @@ def test_inference_mode_weights_run_and_normal_tensors_in_their_place_would_not(
         monkeypatch.setattr(
             View, "on", lambda view, *rest: in_place(view._replace(inference=False), *rest)
         )
-        with pytest.raises(RuntimeError, match="[Ii]nference"):
+        with pytest.raises(RuntimeError, match=r"[Ii]nference"):
             modules["a"](x).view(-1), repr(modules["a"].weight)
 
 
@@ -251,3 +255,74 @@ def test_host_memory_goes_back_when_an_attached_pipeline_is_dropped(sim_device):
     del modules, engine
     gc.collect()
     assert sim.counters().pinned_nbytes == before
+
+
+def test_without_doors_a_submodule_called_first_is_caught(sim_device, modules, x, monkeypatch):
+    expected = modules["te"][0].to(sim_device)(x)
+    modules["te"].to("cpu")
+    with offload_engine.attach(modules, "te->unet->vae"):
+        assert torch.equal(modules["te"][0](x), expected)
+        assert torch.equal(modules["te"][0](x.cpu()).to(sim_device), expected)
+    monkeypatch.setattr(hooks.UnitDoors, "arm", lambda *_: None)
+    offload_engine.attach(modules, "te->unet->vae")
+    assert "same device" in broken(lambda: modules["te"][0](x))
+
+
+def test_without_its_entry_a_method_is_caught(sim_device, monkeypatch):
+    class Coder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((64,), 3.0))
+
+        def decode(self, z):
+            return z * self.scale  # no submodule is called
+
+    coder, z = Coder(), torch.ones(2, 64).to(sim_device)
+    with offload_engine.attach({"vae": coder}, "vae"):
+        assert (coder.decode(z) == 3).all()
+    monkeypatch.setattr(hooks, "_entry_methods", lambda module: [])
+    offload_engine.attach({"vae": coder}, "vae")
+    assert "same device" in broken(lambda: coder.decode(z))
+
+
+def test_arguments_left_on_the_host_are_moved_and_would_be_caught(engine, modules, x, monkeypatch):
+    expected = modules["te"](x)
+    modules["unet"](x)
+    assert torch.equal(modules["te"](x.cpu()), expected)
+    modules["unet"](x)
+    monkeypatch.setattr(hooks, "to_device", lambda value, device: value)
+    assert "same device" in broken(lambda: modules["te"](x.cpu()))
+
+
+def originals(module):
+    """Weak references to the memory that the weights of ``module`` are in."""
+    references = []
+    for parameter in module.parameters():
+        array = parameter.detach().numpy().copy().view(Owned)
+        parameter.data = torch.from_numpy(array)
+        references.append(weakref.ref(array))
+    return references
+
+
+class Owned(np.ndarray):
+    """An array that can be referred to weakly."""
+
+
+def test_each_weight_lets_its_old_memory_go_before_the_next_moves(sim_device, modules, monkeypatch):
+    for keep in (False, True):
+        old = originals(modules["unet"])
+        kept, alive = [], []
+        copy = residency._copy
+
+        def watched(target, source, copy=copy, keep=keep, kept=kept, alive=alive, old=old):
+            alive.append(sum(ref() is not None for ref in old))
+            if keep:
+                kept.append(source.data)
+            copy(target, source)
+
+        monkeypatch.setattr(residency, "_copy", watched)
+        offload_engine.attach(modules, "te->unet->vae").detach()
+        monkeypatch.setattr(residency, "_copy", copy)
+        moved = [b - a for a, b in itertools.pairwise(alive) if b != a]
+        one_by_one = bool(moved) and set(moved) == {-1}
+        assert one_by_one is not keep
