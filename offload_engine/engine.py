@@ -57,7 +57,7 @@ def attach(
         raise NotImplementedError("vram= is not available yet; leave it out for chain mode.")
     store = HostStore(target, pin)
     pipeline.remove_foreign_hooks()
-    pipeline.check_loaded()
+    pipeline.check_loaded(target)
     before = engine_of(pipe)
     if before is not None and not before.could_share(target, pin):
         before.detach()
@@ -168,8 +168,9 @@ class Engine:
             for name in list(self._mounts):
                 self._unmount(name)
             while self._placed:
-                module = next(iter(self._placed.values()))
-                module.to("cpu")
+                module = next(reversed(self._placed.values()))
+                if not is_bitsandbytes_8bit(module):  # it stays where it was found
+                    module.to("cpu")
                 _take_off_protocol(module)
                 self._placed.popitem()
             run_back(self._undo)
@@ -240,6 +241,7 @@ class Engine:
         if not self._attached:
             return
         self.component_names = frozenset(self._pipeline.components)
+        self._pipeline.check_not_placed()
         modules = self._pipeline.modules
         for name, mount in list(self._mounts.items()):
             if modules.get(name) not in mount.unit.modules:
@@ -291,12 +293,18 @@ class Engine:
             tuple(dict.fromkeys(units[name] for name in stage if name in units))
             for stage in self._sequence.stages
         )
-        return Cursor(Sequence(tuple(s for s in stages if s)), solo=self._solo)
+        stages = tuple(stage for stage in stages if stage)
+        return Cursor(Sequence(stages), self._nbytes(), solo=self._solo)
+
+    def _nbytes(self) -> dict[str, int]:
+        """Bytes of each unit of this pipeline."""
+        return {mount.unit.name: mount.unit.nbytes for mount in self._mounts.values()}
 
     def _learn(self, trace: list[str]) -> None:
         names = {mount.unit.name: name for name, mount in reversed(self._mounts.items())}
         if trace:
-            self._sequence = learn([names[unit] for unit in trace if unit in names])
+            nbytes = {names[unit]: size for unit, size in self._nbytes().items()}
+            self._sequence = learn([names[unit] for unit in trace if unit in names], nbytes)
 
     def _idle(self) -> None:
         """Outside of calls: components that the user runs by hand are followed just as well.
@@ -343,7 +351,7 @@ class Engine:
         self, new: dict[str, nn.Module], show: bool
     ) -> Iterator[Callable[[str, int], None]]:
         total = sum(t.nbytes for m in new.values() for t in (*m.parameters(), *m.buffers()))
-        config = {"desc": "Moving weights to pinned memory", "delay": 1.0, "leave": False}
+        config = {"desc": "Moving weights to pinned memory", "leave": False}
         config.update(self._pipeline.progress_bar_config)
         config["disable"] = config.get("disable", False) or not show or self.device.type == "cpu"
         with tqdm(total=total, unit="B", unit_scale=True, **config) as bar:
@@ -504,7 +512,9 @@ def resolve_device(
         raise DeviceError(f"device={str(wanted)!r} does not exist: {have}. device='cpu' always is.")
     index = next(i for i in (gpu_id, wanted.index, previous, 0) if i is not None)
     count = torch.accelerator.device_count()
-    if not isinstance(index, int) or not 0 <= index < count:
+    if isinstance(index, bool) or not isinstance(index, int):
+        raise DeviceError(f"gpu_id={gpu_id!r} is not a device number; give 0, 1, ...")
+    if not 0 <= index < count:
         raise DeviceError(
             f"{wanted.type}:{index} does not exist: there are {count} devices of type "
             f"{wanted.type!r}, numbered from 0."
@@ -515,12 +525,11 @@ def resolve_device(
 class _Undo:
     """Takes a patch back when called, or at the end of a ``with`` block. Idempotent."""
 
-    def __init__(self, undo: list[Callable[[], None]]) -> None:
+    def __init__(self, undo: Undo) -> None:
         self._undo = undo
 
     def __call__(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        run_back(self._undo)
 
     def __enter__(self) -> _Undo:
         return self
@@ -542,7 +551,11 @@ def patch_diffusers() -> _Undo:
         """Attaches offload_engine in chain mode; see offload_engine.attach."""
         attach(self, gpu_id=gpu_id, device=device)
 
-    undo: list[Callable[[], None]] = []
+    def restore(value: bool) -> None:
+        HfHook.stands_for_accelerates = value
+
+    undo: Undo = [functools.partial(restore, HfHook.stands_for_accelerates)]
+    restore(True)
     for cls in (DiffusionPipeline, *_own_chains()):
         original = cls.__dict__["enable_model_cpu_offload"]
         undo.append(functools.partial(setattr, cls, "enable_model_cpu_offload", original))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -84,12 +85,13 @@ class Walker:
 class Entry:
     """The pre-hook of a component's root; what its other entries ask."""
 
-    __slots__ = ("device", "unit", "walker")
+    __slots__ = ("device", "is_live", "unit", "walker")
 
     def __init__(self, walker: Walker, unit: Unit) -> None:
         self.walker = walker
         self.unit = unit
         self.device = walker.residency.device
+        self.is_live = True
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -101,9 +103,17 @@ class Entry:
         return walker.current is self.unit and walker.stream_key() == walker.stream
 
     def enter(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Has the unit resident; gives the arguments back on its device."""
+        """Has the unit resident; gives the arguments back on its device.
+
+        Once closed it lets everything pass: somebody may have wrapped what it stood before.
+        """
+        if not self.is_live:
+            return args, kwargs
         self.walker.enter(self.unit)
         return to_device(args, self.device), to_device(kwargs, self.device)
+
+    def close(self) -> None:
+        self.is_live = False
 
     def __deepcopy__(self, memo: Any) -> Any:
         return nothing
@@ -218,6 +228,16 @@ class HfHook:
     """What diffusers looks for as ``_hf_hook`` (accelerate's ModelHook, by its shape)."""
 
     no_grad = False
+    stands_for_accelerates = False  # set by patch_diffusers
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """Under ``patch_diffusers`` this is a CpuOffload for ``isinstance``: whoever finds one
+        takes it off and calls ``enable_model_cpu_offload``, which then is ours."""
+        accelerates = sys.modules.get("accelerate.hooks")
+        if HfHook.stands_for_accelerates and accelerates is not None:
+            return accelerates.CpuOffload
+        return HfHook
 
     def __init__(self, device: torch.device | None, entry: Entry | None, owner: Owner) -> None:
         self.execution_device = device
@@ -236,9 +256,12 @@ class HfHook:
         return output
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
-        """Takes the engine off this module; called by accelerate when it removes hooks."""
-        if self.owner is not None:
-            self.owner.detach()
+        """Takes the engine off this module; accelerate, which calls it, deletes the rest itself."""
+        owner, self.owner = self.owner, None
+        if owner is not None:
+            owner.detach()
+        self.execution_device = self._entry = None
+        module.__dict__.setdefault("_hf_hook", self)
         return module
 
     def __deepcopy__(self, memo: Any) -> HfHook:
@@ -291,6 +314,7 @@ def install(unit: Unit, walker: Walker, owner: Owner, undo: Undo) -> None:
     in ``undo`` before it is done, so that an interrupt at any point can be undone.
     """
     entry = Entry(walker, unit)
+    undo.append(entry.close)
     for module in unit.modules:
         undo.append(functools.partial(_remove_pre_hooks, module, entry))
         handle = module.register_forward_pre_hook(entry, prepend=True, with_kwargs=True)

@@ -122,6 +122,8 @@ class HostStore:
     def _torch_pinned(self, nbytes: int) -> Block:
         try:
             flat = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            if not flat.is_pinned():  # a backend that only knows the method
+                flat = flat.pin_memory()
         except (RuntimeError, MemoryError) as error:
             self._warn(nbytes, str(error).splitlines()[0])
             return Block(_anonymous(nbytes))

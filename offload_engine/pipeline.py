@@ -19,6 +19,7 @@ from torch import nn
 from . import sequence
 from .errors import ComponentError
 from .hooks import HfHook, Undo
+from .segments import opaque_classes
 from .sequence import Sequence
 
 ENGINE = "_offload_engine"  # the attribute of an attached pipeline that holds its engine
@@ -111,8 +112,9 @@ class Pipeline:
         grouped = [name for name, module in modules.items() if _is_group_offloaded(module)]
         if grouped:
             raise ComponentError(
-                f"Group offloading is active on {', '.join(grouped)}. Load these components anew, "
-                "or attach without having called enable_group_offload().",
+                f"Group offloading is active on {', '.join(grouped)}, and two engines cannot move "
+                "the same weights. Load these components anew and attach without "
+                "enable_group_offload(); or engine.detach() before you call it.",
                 names=grouped,
             )
         sharded = [name for name, module in modules.items() if _is_sharded(module)]
@@ -137,8 +139,9 @@ class Pipeline:
                 names=split,
             )
 
-    def check_loaded(self) -> None:
-        """Raises ComponentError for components on the meta device: they have no weights yet."""
+    def check_loaded(self, device: torch.device) -> None:
+        """Raises ComponentError for weights that cannot be moved: on the meta device, in classes
+        that cannot be taken apart, or bitsandbytes 8-bit ones that are not on ``device``."""
         empty = [name for name, module in self.modules.items() if _on_meta(module)]
         if empty:
             raise ComponentError(
@@ -146,6 +149,27 @@ class Pipeline:
                 "offload. Load its weights first (from_pretrained, or to_empty and "
                 "load_state_dict).",
                 names=empty,
+            )
+        opaque = {name: sorted(opaque_classes(module)) for name, module in self.modules.items()}
+        opaque = {name: classes for name, classes in opaque.items() if classes}
+        if opaque:
+            said = ", ".join(f"{name} ({', '.join(c)})" for name, c in opaque.items())
+            raise ComponentError(
+                f"Weights of {said} cannot be moved: their class wraps other tensors and has no "
+                "__tensor_flatten__ to take it apart. Use another quantisation, or leave the "
+                "component out of the pipeline.",
+                names=opaque,
+            )
+        stuck = [
+            name
+            for name, module in self.modules.items()
+            if is_bitsandbytes_8bit(module) and next(module.parameters()).device.type != device.type
+        ]
+        if stuck:
+            raise ComponentError(
+                f"{', '.join(stuck)} is in bitsandbytes 8-bit on the CPU, and stays where it is. "
+                f"Load it on {device} (device_map={{'': '{device}'}}), or in 4-bit.",
+                names=stuck,
             )
 
     def remove_foreign_hooks(self) -> None:

@@ -120,6 +120,21 @@ def scan(roots: Iterable[nn.Module]) -> Scan:
     return found
 
 
+def opaque_classes(module: nn.Module) -> set[str]:
+    """Names of the classes of weights below ``module`` whose bytes are out of reach."""
+    found = set()
+    for tensor in (*module.parameters(), *module.buffers()):
+        if type(tensor) in _PLAIN or tensor.is_meta or is_traceable_wrapper_subclass(tensor):
+            continue
+        try:
+            within_reach = tensor.untyped_storage().data_ptr() != 0 or tensor.numel() == 0
+        except RuntimeError:
+            within_reach = False
+        if not within_reach:
+            found.add(type(tensor).__name__)
+    return found
+
+
 def _add_subclass(found: Scan, seen: set[int], tensor: Tensor) -> None:
     """A subclass that is its own data (GGUF, bitsandbytes), and the tensors its attributes hold."""
     for each in (tensor, *_attribute_tensors(vars(tensor).values(), depth=3)):

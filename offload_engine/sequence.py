@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -110,29 +110,44 @@ def _parse_stage(part: str, text: str, start: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def learn(trace: Seq[str]) -> Sequence:
+def learn(trace: Seq[str], nbytes: Mapping[str, int] | None = None) -> Sequence:
     """The stages behind ``trace``, the components in the order they were switched to.
 
-    A stretch that repeats itself (a b a b) becomes one stage; the rest stays as it ran.
+    A stretch that repeats itself (a b a b) becomes one stage, see `_joins`; the rest stays as it
+    ran. ``nbytes``: the weights of each component, if known.
     """
     stages: list[tuple[str, ...]] = []
     start = 0
     while start < len(trace):
-        end, stage = _loop_at(trace, start)
+        end, stage = _loop_at(trace, start, nbytes or {})
         if not stages or stages[-1] != stage:
             stages.append(stage)
         start = end
     return Sequence(tuple(stages))
 
 
-def _loop_at(trace: Seq[str], start: int) -> tuple[int, tuple[str, ...]]:
+def _joins(members: Collection[str], rounds: int, nbytes: Mapping[str, int]) -> bool:
+    """Whether a loop is worth having all its members resident together.
+
+    A pair always is, and so is any loop of three rounds. Two rounds of more components are mostly
+    the text encoders of a pipeline that encodes the prompt and then the negative prompt: they are
+    joined only if together they take no more than the largest component does anyway.
+    """
+    room = max(nbytes.values(), default=0)
+    together = sum(nbytes.get(name, 0) for name in members)
+    return len(members) == 2 or rounds > 2 or together <= room
+
+
+def _loop_at(trace: Seq[str], start: int, nbytes: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
     """End and members of the shortest loop from ``start`` on; of one use if there is none."""
     for period in range(2, min(_LONGEST_LOOP, (len(trace) - start) // 2) + 1):
         end = start + period
         while end < len(trace) and trace[end] == trace[end - period]:
             end += 1
-        if end - start >= 2 * period:
-            return end, tuple(dict.fromkeys(trace[start : start + period]))
+        rounds = (end - start) // period
+        members = tuple(dict.fromkeys(trace[start : start + period]))
+        if rounds >= 2 and _joins(members, rounds, nbytes):
+            return end, members
     return start + 1, (trace[start],)
 
 
@@ -143,14 +158,18 @@ class Cursor:
     a switch between them repeats, so that an unforeseen loop costs a few extra fetches once.
     """
 
-    def __init__(self, sequence: Sequence, *, solo: bool = False) -> None:
-        """``solo``: never keep more than the component that runs."""
+    def __init__(
+        self, sequence: Sequence, nbytes: Mapping[str, int] | None = None, *, solo: bool = False
+    ) -> None:
+        """``nbytes``: the weights of each component, if known. ``solo``: never keep more than the
+        component that runs."""
         self.sequence = sequence
         self.solo = solo
+        self._nbytes = nbytes or {}
         self.trace: list[str] = []
         self._place = -1
         self._loop: frozenset[str] = frozenset()
-        self._switches: dict[tuple[str, str], int] = {}
+        self._switches: dict[tuple[str, str], list[int]] = {}  # switch -> where in the trace
 
     def enter(self, name: str) -> frozenset[str]:
         """The components that may be resident while ``name`` runs; records the switch to it."""
@@ -182,10 +201,13 @@ class Cursor:
     def _find_loop(self, name: str) -> None:
         switch = (self.trace[-1] if self.trace else "", name)
         if switch in self._switches:
-            self._loop |= frozenset(self.trace[self._switches[switch] :])
+            seen = self._switches[switch]
+            members = frozenset(self.trace[seen[-1] :])
+            if _joins(members, len(seen) + 1, self._nbytes):
+                self._loop |= members
         elif name not in self._loop and self._loop:
             self._loop, self._switches = frozenset(), {}
-        self._switches[switch] = len(self.trace)
+        self._switches.setdefault(switch, []).append(len(self.trace))
 
     def _find_place(self, name: str) -> None:
         stages = self.sequence.stages

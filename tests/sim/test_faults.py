@@ -309,3 +309,17 @@ def test_two_pipelines_in_two_threads_do_not_disturb_each_other(pipe, latents):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_forward_that_others_wrapped_is_plain_again_after_detach(pipe, latents):
+    """diffusers' own hooks put themselves around whatever ``forward`` is."""
+    expected = pipe(latents)
+    engine = offload_engine.attach(pipe)
+    inner = pipe.unet.forward
+    pipe.unet.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    assert torch.equal(pipe(latents), expected)
+    assert engine.report().components["unet"].fetches == 1
+    engine.detach()
+    assert torch.equal(pipe(latents), expected)
+    assert pipe.unet[0].weight.device.type == "cpu"
+    assert not engine.resident

@@ -128,7 +128,8 @@ LOOPS = {
 def test_a_loop_is_recognised_in_the_first_call_and_free_from_the_second(pipe, meter, order):
     first, *later = run(pipe, order, meter, calls=3)
     once = dict.fromkeys(order.split(), 1)
-    assert sum(first[1].values()) <= sum(once.values()) + 4
+    extra = sum(first[1].values()) - sum(once.values())
+    assert extra <= (4 if len(set(order.split())) < 5 else 6)  # 2 for each in the loop
     for seen, fetched in later:
         assert fetched == once
         alternating = order == LOOPS["a callback that decodes"]

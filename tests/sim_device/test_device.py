@@ -236,13 +236,6 @@ def test_a_module_compiled_with_the_eager_backend_runs(device):
     assert torch.equal(compiled(x), module(x))
 
 
-def test_safetensors_loads_onto_the_device(device, tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    safetensors.save_file({"w": torch.arange(4.0)}, tmp_path / "w.safetensors")
-    loaded = safetensors.load_file(tmp_path / "w.safetensors", device="sim:0")
-    assert loaded["w"].device == device and loaded["w"].tolist() == [0, 1, 2, 3]
-
-
 def test_tensors_are_made_by_threads_at_once(device):
     def work():
         for _ in range(200):

@@ -57,7 +57,7 @@ def test_the_peak_is_kept_until_it_is_reset(device):
 @pytest.mark.sim(capacity="8MiB")
 def test_more_than_the_capacity_is_out_of_memory_with_the_numbers(device):
     held = bytes_on(device, 5 * MiB)
-    assert acc.get_memory_info() == (8 * MiB - allocated(), 8 * MiB)
+    assert torch.sim.mem_get_info() == (8 * MiB - allocated(), 8 * MiB)
     with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 4\.00 MiB .* 8\.00 MiB"):
         bytes_on(device, 4 * MiB)
     assert acc.memory_stats()["num_ooms"] == 1
@@ -87,7 +87,7 @@ def test_memory_under_record_stream_is_not_free_before_its_stream_is_done(device
     x.record_stream(side)
     del x
     assert allocated() == 0
-    assert acc.get_memory_info()[0] == 3 * MiB
+    assert torch.sim.mem_get_info()[0] == 3 * MiB
     waits = sim.counters().host_syncs
     bytes_on(device, 5 * MiB)  # waits, rather than fail
     assert sim.counters().host_syncs == waits + 1
@@ -103,12 +103,12 @@ def test_new_memory_and_freed_memory_are_poison(device):
 
 
 def test_each_device_has_memory_of_its_own(device):
-    sim.configure(capacity_nbytes=MiB, device=1)
+    sim.configure(capacity_nbytes=MiB, device=torch.device("sim:1"))
     before = allocated(0), allocated(1)
     _x = bytes_on("sim:1", MiB // 2)
     assert (allocated(0), allocated(1)) == (before[0], before[1] + MiB // 2)
-    assert acc.get_memory_info(1)[1] == MiB
-    assert acc.get_memory_info(0)[1] > MiB
+    assert torch.sim.mem_get_info(1)[1] == MiB
+    assert torch.sim.mem_get_info(0)[1] > MiB
     with pytest.raises(torch.OutOfMemoryError, match="sim:1"):
         bytes_on("sim:1", MiB)
 

@@ -128,6 +128,42 @@ def test_a_host_that_synchronised_orders_what_it_queues_next(side):
     assert (target == 1).all()
 
 
+def run_layers(device, leave_out: str = "") -> torch.Tensor:
+    """Four layers through two slots, with all waits but one kind of them."""
+    copies = torch.Stream(device=device)
+    masters = [torch.full((N,), float(i)).pin_memory() for i in range(4)]
+    slots = [torch.empty(N, device=device) for _ in range(2)]
+    events = {f"granted {i}": current().record_event() for i in range(2)}
+
+    def wait(stream, name):
+        if name.split()[0] != leave_out:
+            stream.wait_event(events[name])
+
+    total = torch.zeros(N, device=device)
+    for i, master in enumerate(masters):
+        wait(copies, f"granted {i}" if i < 2 else f"released {i - 2}")
+        with copies:
+            slots[i % 2].copy_(master, non_blocking=True)
+        events[f"ready {i}"] = copies.record_event()
+        wait(current(), f"ready {i}")
+        total += slots[i % 2]
+        events[f"released {i}"] = current().record_event()
+    return total
+
+
+def test_the_whole_protocol_of_two_slots_runs_clean(device):
+    assert torch.equal(run_layers(device).cpu(), torch.full((N,), 6.0))
+
+
+@pytest.mark.parametrize("leave_out", ["granted", "ready", "released"])
+def test_each_wait_of_the_protocol_is_missed_when_it_is_left_out(device, leave_out):
+    with sim.allow() as found:
+        run_layers(device, leave_out)
+        gc.collect()
+        torch.accelerator.synchronize()
+    assert found
+
+
 # ---- giving memory back --------------------------------------------------------------------------
 
 

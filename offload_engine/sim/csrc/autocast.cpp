@@ -47,7 +47,8 @@ class Cast final : public c10::OperatorKernel {
 
  private:
   void cast_arguments(torch::jit::Stack& stack, size_t first) {
-    at::ScalarType type = policy_ == Policy::fp32 ? at::kFloat : at::autocast::get_autocast_dtype(kSim);
+    at::ScalarType type =
+        policy_ == Policy::fp32 ? at::kFloat : at::autocast::get_autocast_dtype(kSim);
     if (policy_ == Policy::promote)
       for (size_t i = first; i < stack.size(); ++i)
         replace_tensors(stack[i], [&](const at::Tensor& tensor) {

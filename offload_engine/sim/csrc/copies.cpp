@@ -136,7 +136,7 @@ void Copies::settle() {
 }
 
 void Copies::device_block_freed(Block& block, const VectorClock& owner) {
-  land_on(block, owner);
+  if (block.bytes) land_on(block, owner);
   for (auto copy = in_flight_.begin(); copy != in_flight_.end();) {
     if (copy->device_block == &block) {
       copy->device_block = nullptr;

@@ -26,7 +26,7 @@ struct Block {
   Actor owner;  // the stream that was current at the allocation
   char* data;
   size_t nbytes;
-  c10::Storage bytes;
+  c10::Storage bytes;  // empty once a CPU kernel has replaced them
   Shadow shadow;
   ActorSet recorded = {};  // streams that record_stream() named
   int n_arriving = 0;      // copies to this block that have not landed
