@@ -285,7 +285,8 @@ class UnitDoors:
         if self._armed:
             self.disarm()
         roots = self._entry.unit.modules
-        self._armed = list(modules)
+        # Whatever runs comes to a module with weights of its own.
+        self._armed = [m for m in modules if m._parameters or m._buffers or m in roots]
         for module in self._armed:
             is_root = module in roots
             # The flag before the hook, here and in disarm: an interrupt may fall in between.

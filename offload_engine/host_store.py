@@ -10,6 +10,7 @@ memory through torch.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import logging
@@ -115,6 +116,7 @@ class HostStore:
         try:
             unregister = register(block.flat, cuda_registrar(self.device))
         except RuntimeError as error:
+            _discard_last_error(self.device)
             self._warn(block.nbytes, str(error))
             return
         block.register(_booked(block.nbytes, unregister))
@@ -203,6 +205,13 @@ def cuda_registrar(device: torch.device) -> Registrar:
         return int(runtime.cudaHostUnregister(address))
 
     return do_register, do_unregister
+
+
+def _discard_last_error(device: torch.device) -> None:
+    """A registration that failed leaves its error behind for the next kernel launch to raise."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)
+        torch.cuda.synchronize(device)
 
 
 def register(flat: Tensor, registrar: Registrar) -> Callable[[], None]:

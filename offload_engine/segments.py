@@ -84,6 +84,7 @@ class Scan:
     modules: list[nn.Module] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)  # plain ones, each once
     wrappers: list[Wrapper] = field(default_factory=list)
+    subclasses: list[Tensor] = field(default_factory=list)  # with tensors in their attributes
 
 
 def scan(roots: Iterable[nn.Module]) -> Scan:
@@ -137,6 +138,7 @@ def opaque_classes(module: nn.Module) -> set[str]:
 
 def _add_subclass(found: Scan, seen: set[int], tensor: Tensor) -> None:
     """A subclass that is its own data (GGUF, bitsandbytes), and the tensors its attributes hold."""
+    found.subclasses.append(tensor)
     for each in (tensor, *_attribute_tensors(vars(tensor).values(), depth=3)):
         if id(each) not in seen:
             seen.add(id(each))

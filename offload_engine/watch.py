@@ -94,6 +94,11 @@ def unwatch(tensor: Tensor) -> bool:
     return tensor.__dict__.pop(_MARK, False)
 
 
+def was_touched(tensor: Tensor) -> bool:
+    """Whether somebody took the data of a watched tensor."""
+    return tensor.__dict__.get(_MARK, False)
+
+
 def _plain(tensor: Any) -> Tensor:
     return _BASE.detach(tensor)
 

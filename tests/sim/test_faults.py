@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 import offload_engine
-from offload_engine import sim
+from offload_engine import residency, sim
 from offload_engine.slots import OutOfDeviceMemory
 
 from .conftest import total_nbytes
@@ -141,6 +141,26 @@ def test_an_interrupt_at_any_line_of_the_engine_leaves_a_working_engine(pipe, la
     assert torch.equal(pipe(latents, steps=1), expected)
     gc.collect()
     assert sim.counters().pinned_nbytes == pinned
+
+
+def test_an_interrupt_while_a_component_is_released_leaves_it_usable(pipe, latents, monkeypatch):
+    x = latents.to("sim")
+    engine = offload_engine.attach({"unet": pipe.unet, "vae": pipe.vae}, "unet->vae")
+    expected = pipe.unet(x)
+    points = []
+
+    def interrupt(tensor, data):
+        points.append(tensor)
+        if len(points) == 2:
+            raise KeyboardInterrupt
+        bare(tensor, data)
+
+    bare = residency._point
+    monkeypatch.setattr(residency, "_point", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.release()
+    monkeypatch.undo()
+    assert torch.equal(pipe.unet(x), expected)
 
 
 def test_an_interrupt_while_attaching_leaves_nothing_attached(pipe, latents):
