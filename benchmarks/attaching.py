@@ -1,10 +1,9 @@
 """Host memory while weights move into masters, and after the engine is gone.
 
-``python -m benchmarks.attaching --nbytes 1000000000 --masters registered --out FILE`` measures in a process of
-its own. The device is the simulated one; its masters are pinned in one of two ways:
-"torch" is what every accelerator but CUDA uses (memory that torch allocates pinned); "registered"
-is the way of CUDA (exact anonymous memory, pinned where it lies), the driver played by the
-simulator.
+It is measured in a process of its own (``python -m benchmarks.attaching --help``). The device is
+the simulated one; its masters are pinned in one of two ways: "torch" is what every accelerator but
+CUDA uses (memory that torch allocates pinned); "registered" is the way of CUDA (exact anonymous
+memory, pinned where it lies), the driver played by the simulator.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Reading:
     calls: int
     allocated_nbytes: int  # on the device
     reserved_nbytes: int
-    peak_nbytes: int  # of the process so far
+    peak_nbytes: int  # since the warm calls
     pinned_nbytes: int  # by the engine
     rss_nbytes: int | None
     objects: int  # that Python's collector tracks
@@ -51,6 +51,8 @@ def measure(call: Callable[[], Any], device: torch.device, calls: int = 200) -> 
     warm = max(2, calls // 10)
     for _ in range(warm):
         call()
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
     readings = [read(device, warm)]
     step = max(1, (calls - warm) // _POINTS)
     for done in range(warm + 1, calls + 1):

@@ -59,9 +59,8 @@ class Model:
 class Words:
     """Stands in for a tokenizer: numbers the words of a text; makes tensors of equal length."""
 
-    added_tokens_encoder: dict[str, int] = {}
-
     def __init__(self, vocab_size: int, max_tokens: int) -> None:
+        self.added_tokens_encoder: dict[str, int] = {}
         self.model_max_length = max_tokens
         self._vocab_size = vocab_size
 
@@ -258,7 +257,7 @@ def _flux(tiny: bool) -> Any:
 
 
 def model(name: str, tiny: bool = False) -> Model:
-    """"sdxl" or "flux", at its published size or a tiny one."""
+    """ "sdxl" or "flux", at its published size or a tiny one."""
     side = 32 if tiny else 1024
     shape = {"prompt": PROMPT, "height": side, "width": side}
     if name == "sdxl":

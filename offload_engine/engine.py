@@ -176,6 +176,11 @@ class Engine:
             run_back(self._undo)
             self._attached = False
 
+    def detach_from_outside(self) -> None:
+        """The hooks were removed in diffusers' or accelerate's way, mostly to be put on again."""
+        self.detach()
+        self._pipeline.remember(self.device)
+
     def __enter__(self) -> Engine:
         return self
 
@@ -443,7 +448,7 @@ class _Mount:
     def detach(self) -> None:
         """Somebody removed the hooks from outside (accelerate's remove_hook_from_module)."""
         for engine in list(self.users):
-            engine.detach()
+            engine.detach_from_outside()
 
     def close(self) -> None:
         """Takes the entries off and gives the weights ordinary memory."""

@@ -37,7 +37,7 @@ class Callee(Protocol):
 
     def refresh(self) -> None: ...
 
-    def detach(self) -> None: ...
+    def detach_from_outside(self) -> None: ...
 
     def note_move(self, target: Any) -> None: ...
 
@@ -187,6 +187,11 @@ class Pipeline:
             )
         remove(self.pipe)
 
+    def remember(self, device: torch.device) -> None:
+        """Leaves the device's index on the pipeline, where the next attachment looks for it."""
+        if not self._is_mapping:
+            self.pipe.__dict__["_offload_gpu_id"] = device.index or 0
+
     def attach(self, engine: Callee, device: torch.device, undo: Undo) -> None:
         """Has the pipeline tell ``engine`` about its calls; enters in ``undo`` how to end that."""
         if self._is_mapping:
@@ -291,7 +296,7 @@ def _remove_all_hooks(original: Any) -> Any:
         engine = engine_of(self)
         if engine is None:
             return original.remove_all_hooks(self)
-        engine.detach()
+        engine.detach_from_outside()
         self._all_hooks = []
 
     return remove_all_hooks

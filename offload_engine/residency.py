@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import slots
 from .host_store import Block, HostStore, trim
-from .segments import Scan, TypedFlat, View, Wrapper, layout, rebuild, scan, stack
+from .segments import Scan, TypedFlat, View, Wrapper, inner_tensors, layout, rebuild, scan, stack
 from .transfers import Fetch, Link
 from .watch import same_content, unwatch, was_touched, watch
 
@@ -314,14 +314,17 @@ class Unit:
         """Puts twins around device tensors in the place of wrapper weights; ids of the wrapped."""
         wrapped: set[int] = set()
         for wrapper in self._found.wrappers:
-            inner, parts = [], {}
-            for path, tensor in wrapper.inner:
-                weight = self._weights[id(tensor)]
-                parts[path] = weight.view.on(flat, start_of[id(weight.block)])
-                weight.version = -1 if weight.view.inference else parts[path]._version
-                inner.append((weight, parts[path]))
-                wrapped.add(id(tensor))
-            twin = _Twin(wrapper, rebuild(wrapper.outer, parts), inner)
+            weights = {path: self._weights[id(tensor)] for path, tensor in wrapper.inner}
+            parts = {
+                path: weight.view.on(flat, start_of[id(weight.block)])
+                for path, weight in weights.items()
+            }
+            outer = rebuild(wrapper.outer, parts)
+            inner = [(weights[path], tensor) for path, tensor in inner_tensors(outer)]
+            for weight, on_device in inner:  # not those of `parts`: the class may wrap aliases
+                weight.version = -1 if weight.view.inference else on_device._version
+            wrapped.update(id(tensor) for _, tensor in wrapper.inner)
+            twin = _Twin(wrapper, outer, inner)
             self._twins.append(twin)
             for home, name in wrapper.homes:
                 home[name] = twin.on_device

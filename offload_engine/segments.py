@@ -116,7 +116,7 @@ def scan(roots: Iterable[nn.Module]) -> Scan:
                     _add_subclass(found, seen, tensor)
         stack.extend(child for child in module._modules.values() if child is not None)
     for key, homes in wrapped.items():
-        inner = tuple(_inner_tensors(outers[key]))
+        inner = tuple(inner_tensors(outers[key]))
         found.wrappers.append(Wrapper(tuple(homes), outers[key], inner))
     return found
 
@@ -153,11 +153,12 @@ def _attribute_tensors(values: Iterable[Any], depth: int) -> Iterator[Tensor]:
             yield from _attribute_tensors(vars(value).values(), depth - 1)
 
 
-def _inner_tensors(outer: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+def inner_tensors(outer: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(attribute path, plain tensor) for everything that a wrapper holds."""
     for name in outer.__tensor_flatten__()[0]:
         inner = getattr(outer, name)
         if is_traceable_wrapper_subclass(inner):
-            yield from _inner_tensors(inner, f"{path}{name}.")
+            yield from inner_tensors(inner, f"{path}{name}.")
         else:
             yield f"{path}{name}", inner
 

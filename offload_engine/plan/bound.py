@@ -6,13 +6,17 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from math import inf
+from math import inf, prod
 
 from .problem import Problem
 
-_MOST_SUMS = 4096  # beyond, sums of sizes are taken to reach every number
-_MOST_STEPS = 64  # windows looked at per boundary, on average
+_MOST_SUMS = 8192  # beyond, sums of sizes are taken to reach every number
+_MOST_IN_HEAD = 16  # segments whose sums are looked at one by one
+_MOST_IN_HEAD_SUMS = 64
+_MOST_SEGMENTS = 64  # with more, windows begin at some boundaries only
+_MOST_STEPS = 1_500_000  # through all windows together; the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +49,15 @@ class Windows:
         self.order: list[int] = []  # segments used at or after the boundary, by next use
         self.from_boundary = [0.0] * (length + 1)
         self.from_start = [0.0] * (length + 1)
-        self.if_copy_starts = [0.0] * (length + 1)  # from each boundary, if one does before the next
+        self.if_copy_starts = [0.0] * (length + 1)  # from each boundary, if one does in its step
         self.floor: Callable[[int], int] = _identity
-        self.most: dict[tuple[int, float, float], int] = {}
+        self.most: dict[tuple[tuple[int, ...], int, float, float], tuple[int, int]] = {}
+        self.heads: dict[object, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
 
     def bounds(self) -> Bounds:
         length = self.problem.length
-        stride = 1 + len(self.problem.sizes) // _MOST_STEPS
+        count = len(self.problem.sizes)
+        stride = max(1 + count // _MOST_SEGMENTS, length * count // _MOST_STEPS)
         for position in range(length - 1, -1, -1):
             tail = self.problem.seconds[position] + self.from_boundary[position + 1]
             self.from_start[position] = tail
@@ -80,9 +86,10 @@ class Windows:
         sizes, rate, floor, from_start = problem.sizes, self.rate, self.floor, self.from_start
         room = problem.room[position]
         there, spare = self._before(position)
-        room_floor, others_floor = floor(room), max(0, floor(spare)) if spare < inf else inf
+        room_floor, others_floor = floor(room), max(0, floor(spare))
         smallest_later, biggest = self._later_sizes()
         enough = min(room_floor, others_floor, floor(max(0, room - biggest)))
+        heads = self._heads(there)
         best = if_copy_starts = tail
         window, window_end = -inf, position
         wanted = met = 0
@@ -99,18 +106,23 @@ class Windows:
                 if segment in there:
                     met += size
                 number += 1
-            if wanted <= enough:
+            if number < len(heads):
+                whole, others = heads[number]
+                had = min(_floor(whole, room), met + _floor(others, spare))
+                copying = self._at_copy_start(whole, wanted, room, smallest, smallest_later[number])
+            elif wanted <= enough:
                 continue
-            had = room_floor if room_floor < others_floor + met else others_floor + met
+            else:
+                had = room_floor if room_floor < others_floor + met else others_floor + met
+                copying = self._at_copy_start((), wanted, room, smallest, smallest_later[number])
             if wanted > had:
                 value = (wanted - had) * rate + from_start[use]
                 if value > best:
                     best = value
-                if value > window and wanted > room_floor:
+                if value > window and wanted > room:
                     window, window_end = value, use
-            had = self._at_copy_start(room, smallest, smallest_later[number])
-            if wanted > had and use > position:
-                value = (wanted - had) * rate + from_start[use]
+            if wanted > copying and use > position:
+                value = (wanted - copying) * rate + from_start[use]
                 if value > if_copy_starts:
                     if_copy_starts = value
         self.if_copy_starts[position] = if_copy_starts
@@ -118,7 +130,7 @@ class Windows:
             best = max(best, self._first_copy(position, window, window_end))
         self.from_boundary[position] = best
 
-    def _before(self, position: int) -> tuple[set[int], float]:
+    def _before(self, position: int) -> tuple[set[int], int]:
         """Segments that may be there when ``position`` is reached, and units beside them."""
         problem = self.problem
         before = position - 1 if position else self.before
@@ -132,22 +144,45 @@ class Windows:
         sizes = [self.problem.sizes[segment] for segment in reversed(self.order)]
         smallest = [*accumulate(sizes, min, initial=inf)]
         smallest.reverse()
-        return smallest, max(sizes)
+        return smallest, max(sizes, default=0)
 
-    def _at_copy_start(self, room: int, smallest: float, smallest_later: float) -> int:
-        """Most units there that help a window, when a copy starts in a step with ``room``.
+    def _heads(self, there: set[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """For each small number of segments from the order's head: all sums of their sizes, and
+        of those not ``there``. Few are enough to see that a big one cannot be there in part.
+        """
+        head = tuple(self.order[:_MOST_IN_HEAD])
+        key = head, tuple([segment in there for segment in head])
+        if key not in self.heads:
+            whole: tuple[int, ...] = (0,)
+            others: tuple[int, ...] = (0,)
+            found = [(whole, others)]
+            for segment, is_there in zip(*key, strict=True):
+                whole = _with_size(whole, self.problem.sizes[segment])
+                others = others if is_there else _with_size(others, self.problem.sizes[segment])
+                if len(whole) > _MOST_IN_HEAD_SUMS:
+                    break
+                found.append((whole, others))
+            self.heads[key] = found
+        return self.heads[key]
+
+    def _at_copy_start(
+        self, sums: tuple[int, ...], wanted: int, room: int, smallest: float, smallest_later: float
+    ) -> int:
+        """Most of the ``wanted`` units that are there when a copy starts in a step with ``room``.
 
         Either it copies a segment of the window, whose slot is still empty; or one used later,
-        whose slot does not help and whose copy takes the link.
+        whose slot does not help and whose copy the rest has to wait for, if there is any.
+        ``sums`` are those of sizes in the window, if they are few.
         """
-        key = room, smallest, smallest_later
+        key = sums, room, smallest, smallest_later
         if key not in self.most:
-            most = self.floor(room - int(smallest))
-            if smallest_later < inf:
-                later = int(smallest_later)
-                most = max(most, self.floor(room - later) - later)
-            self.most[key] = most
-        return self.most[key]
+            floor = partial(_floor, sums) if sums else self.floor
+            later = floor(room - int(smallest_later)) if smallest_later < inf else -1
+            self.most[key] = floor(room - int(smallest)), later
+        most, later = self.most[key]
+        if later < 0:
+            return most
+        return wanted if later >= wanted else max(most, later - int(smallest_later))
 
     def _first_copy(self, position: int, window: float, window_end: int) -> float:
         """The least over the steps in which the first copy after ``position`` can start."""
@@ -168,13 +203,23 @@ def remaining_bounds(problem: Problem, before: int | None = None) -> Bounds:
 
 def floor_of_sums(sizes: Sequence[int]) -> Callable[[int], int]:
     """The greatest sum of some of ``sizes`` that is at most a given number."""
+    counts = Counter(sizes)
+    if prod(many + 1 for many in counts.values()) > _MOST_SUMS:
+        return _identity
     sums = {0}
-    for size, many in Counter(sizes).items():
-        if len(sums) * (many + 1) > _MOST_SUMS:
-            return _identity
+    for size, many in counts.items():
         sums = {known + times * size for known in sums for times in range(many + 1)}
-    ordered = sorted(sums)
-    return lambda number: ordered[max(0, bisect_right(ordered, number) - 1)]
+    ordered = tuple(sorted(sums))
+    return lambda number: _floor(ordered, number)
+
+
+def _floor(ordered: tuple[int, ...], number: float) -> int:
+    """The greatest of ``ordered``, which begins with 0, that is at most ``number``; or 0."""
+    return ordered[max(0, bisect_right(ordered, number) - 1)]
+
+
+def _with_size(sums: tuple[int, ...], size: int) -> tuple[int, ...]:
+    return tuple(sorted({*sums, *(known + size for known in sums)}))
 
 
 def _identity(number: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from math import inf
 
@@ -134,7 +133,7 @@ def _beams(problem: Problem) -> list[Beam]:
         return [_NARROW, Beam()]
     if size <= 20 * _WHOLE_TREE:
         return [_NARROW, _WIDE]
-    return [_NARROW] if size <= 100 * _WHOLE_TREE else []
+    return []
 
 
 def _steady(problem: Problem) -> Best:
@@ -153,8 +152,7 @@ def _steady(problem: Problem) -> Best:
         if best.is_proven:
             break
     else:
-        if _SEARCH_ROUNDS * problem.length * len(problem.sizes) <= _WHOLE_TREE:
-            _search_rounds(problem, best)
+        _search_rounds(problem, best)
     best.draft = turned(best.draft, -first % problem.length)
     return best
 
@@ -180,12 +178,18 @@ def _search_rounds(problem: Problem, best: Best) -> None:
     of those delays all of these. So if every label after a round is, within the model, no better
     than some label before it delayed by some seconds, then every further round takes as long.
     """
-    rounds = unrolled(problem, _SEARCH_ROUNDS)
-    search = Search(rounds, remaining_bounds(rounds))
-    found = search.run(inf, Beam(), _MOST_EFFORT, problem.length)
-    if found.draft:
-        for number in range(1, _SEARCH_ROUNDS - 1):
-            best.offer(closed(problem, found.draft, number))
-    for before, after in pairwise(found.fronts[:-1]):
-        delays = (max(search.lead(first, second) for first in before) for second in after)
-        best.raise_bound(min(delays))
+    left = _MOST_EFFORT
+    for beam in _beams(problem):
+        rounds = _SEARCH_ROUNDS if beam.is_whole else _SEARCH_ROUNDS // 2
+        rolled = unrolled(problem, rounds)
+        search = Search(rolled, remaining_bounds(rolled))
+        found = search.run(inf, beam, left, problem.length)
+        left -= found.effort
+        if found.draft:
+            for number in range(1, rounds - 1):
+                best.offer(closed(problem, found.draft, number))
+        for before, after in pairwise(found.fronts[:-1] if beam.is_whole else []):
+            delays = (max(search.lead(first, second) for first in before) for second in after)
+            best.raise_bound(min(delays))
+        if best.is_proven or left <= 0:
+            break

@@ -33,12 +33,12 @@ class Run:
     start: list[float]  # of each use
     copies: list[tuple[int, int, float, float]] = field(default_factory=list)
     """(boundary that queued it, segment, start, landing), in link order."""
+    late: dict[int, list[int]] = field(default_factory=dict)
+    """The segments that each use with a stall waits for."""
     link_free: float = -inf  # after the last copy
 
 
-def run_through(
-    problem: Problem, draft: Draft, begin: float = 0.0, link_free: float = -inf
-) -> Run:
+def run_through(problem: Problem, draft: Draft, begin: float = 0.0, link_free: float = -inf) -> Run:
     """The times of ``draft``, begun at ``begin`` with a link that is free at ``link_free``.
 
     In a cyclic problem the copies still queued from the cycle before land up to ``link_free``.
@@ -54,9 +54,12 @@ def run_through(
             starts = now if now > link_free else link_free
             link_free = landing[segment] = starts + copy_seconds[segment]
             run.copies.append((position, segment, starts, link_free))
+        begin = now
         for segment in needed:
             if landing[segment] > now:
                 now = landing[segment]
+        if now > begin:
+            run.late[position] = [segment for segment in needed if landing[segment] > begin]
         run.start.append(now)
         now += seconds[position]
     run.boundary.append(now)
@@ -64,21 +67,20 @@ def run_through(
     return run
 
 
-def _land_backwards(
-    problem: Problem, draft: Draft, link_free: float, landing: list[float]
-) -> None:
+def _land_backwards(problem: Problem, draft: Draft, link_free: float, landing: list[float]) -> None:
     """Landing times of one cycle's last copies, which end at ``link_free`` without a gap.
 
     A copy before a gap landed before this cycle began: then its time here has no effect.
     """
     waiting = set(draft.resident)
     for position in range(problem.length - 1, -1, -1):
+        waiting.difference_update(problem.needs[position])
         for segment in reversed(draft.fetch[position]):
             if segment not in waiting:
                 return
+            waiting.remove(segment)
             landing[segment] = link_free
             link_free -= problem.copy_seconds[segment]
-        waiting.difference_update(problem.needs[position])
 
 
 def settle(problem: Problem, draft: Draft) -> tuple[float, Run]:

@@ -28,7 +28,7 @@ class Span(NamedTuple):
     """Something that takes time: a copy on the link, a use on the device, a stall before a use."""
 
     kind: Literal["copy", "use", "stall"]
-    index: int  # of the boundary that queued the copy, of the use that runs or waits
+    position: int  # of the boundary that queued the copy, of the use that runs or waits
     segments: tuple[str, ...]  # copied, run, waited for
     start_seconds: float
     stop_seconds: float

@@ -117,14 +117,13 @@ def _check_numbers(
     if not _is_number(budget_nbytes, -math.inf):
         raise OffloadError(f"budget_nbytes={budget_nbytes!r}: give a number of bytes.")
     for field in ("seconds", "workspace_nbytes"):
-        bad = {i: getattr(u, field) for i, u in enumerate(uses) if not _is_number(getattr(u, field), 0)}
+        values = [getattr(use, field) for use in uses]
+        bad = {i: value for i, value in enumerate(values) if not _is_number(value, 0)}
         if bad:
             raise OffloadError(f"{field} of a use is zero or more, got (by use): {bad}.")
 
 
-def _check_names(
-    nbytes: Mapping[str, int], uses: Sequence[Use], resident: Collection[str]
-) -> None:
+def _check_names(nbytes: Mapping[str, int], uses: Sequence[Use], resident: Collection[str]) -> None:
     if isinstance(resident, str):
         raise OffloadError(f"resident is the text {resident!r}; give a collection of names.")
     unknown = {name: i for i, use in enumerate(uses) for name in use.segments if name not in nbytes}
@@ -147,9 +146,7 @@ def _check_fits(
         raise PlanError(worst, segments, needed_nbytes, budget_nbytes)
 
 
-def _in_units(
-    sizes: list[int], workspaces: list[int], budget: int
-) -> tuple[list[int], list[int]]:
+def _in_units(sizes: list[int], workspaces: list[int], budget: int) -> tuple[list[int], list[int]]:
     """Sizes, and the room beside each workspace, as integers that add up without rounding.
 
     Whole numbers stay as they are. Others count in parts of 2**-44 of the budget, sizes rounded
@@ -160,8 +157,6 @@ def _in_units(
     unit = abs(budget) * 2.0**-44 or 1.0
     rooms = [math.ceil((budget - workspace) / unit) for workspace in workspaces]
     return [math.floor(size / unit) for size in sizes], rooms
-
-
 
 
 def unrolled(problem: Problem, cycles: int) -> Problem:

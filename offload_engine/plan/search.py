@@ -143,7 +143,8 @@ class Search:
             link_free += problem.copy_seconds[segment]
         end = (link_free if missing or flying_bit & needed else now) + problem.seconds[position]
         optional = held & ~must & future
-        for bits, fetched, free, late in self._fetches(position, held | missing, link_free, end, spare):
+        choices = self._fetches(position, held | missing, link_free, end, spare)
+        for bits, fetched, free, late in choices:
             if free > end:
                 late = late if late >= 0 else flying
             else:
@@ -163,24 +164,30 @@ class Search:
         self, position: int, held: int, link_free: float, end: float, spare: int
     ) -> list[tuple[int, tuple[int, ...], float, int]]:
         """Choices of (bits, segments, link free, segment in flight at ``end`` or -1)."""
-        choices: list[tuple[int, tuple[int, ...], float, int]] = []
         if link_free >= end:
             return [(0, (), link_free, -1)]
+        choices: list[tuple[int, tuple[int, ...], float, int]] = []
         sizes, beam = self.problem.sizes, self.beam
         away = (entry for entry in self.order[position + 1] if not held & entry[0])
         missing = list(islice(away, beam.reach))
 
         def choose(
-            first: int, bits: int, chosen: tuple[int, ...], free: float, spare: int, skipped: set[int]
+            first: int,
+            bits: int,
+            chosen: tuple[int, ...],
+            free: float,
+            spare: int,
+            passed: set[int],
         ) -> None:
-            passed = set(skipped)
+            passed = set(passed)
             for number in range(first, len(missing)):
                 bit, segment, copy, _ = missing[number]
                 size = sizes[segment]
                 if size in passed or size > spare or len(choices) >= beam.fetches:
                     continue
                 if free + copy <= end:
-                    choose(number + 1, bits | bit, (*chosen, segment), free + copy, spare - size, passed)
+                    more = bits | bit, (*chosen, segment), free + copy, spare - size
+                    choose(number + 1, *more, passed)
                     passed.add(size)
                 else:
                     choices.append((bits | bit, (*chosen, segment), free + copy, segment))

@@ -68,8 +68,9 @@ def fetch_late(problem: Problem, draft: Draft, run: Run) -> None:
         limit = run.boundary[length] + copies[0][2]
     latest = length - 1
     fetch: list[list[int]] = [[] for _ in range(length)]
-    for number, due in zip(range(len(copies) - 1, -1, -1), reversed(_due(problem, run)), strict=True):
-        position, segment, start, _ = copies[number]
+    for (position, segment, start, _), due in reversed(
+        [*zip(copies, _due(problem, run), strict=True)]
+    ):
         cycles, use = divmod(due, length)
         landing = min(limit, run.start[use] + cycles * run.boundary[length])
         limit = max(start, landing - problem.copy_seconds[segment])
@@ -108,10 +109,12 @@ def keep_more(problem: Problem, draft: Draft) -> int:
     cancelled = 0
     for _, out, back, segment in sorted(_gaps(problem, draft)):
         size = problem.sizes[segment]
-        stay = [position % length for position in range(out, back)]
-        if all(spare[position] >= size for position in stay):
-            for position in stay:
-                spare[position] -= size
+        least = min(spare[out : min(back, length)], default=size)
+        if back > length and least >= size:
+            least = min(least, *spare[: back - length])
+        if least >= size:
+            for position in range(out, back):
+                spare[position % length] -= size
             draft.release[out].remove(segment)
             draft.fetch[back % length].remove(segment)
             if back >= length:
@@ -152,7 +155,8 @@ def fetch_early(problem: Problem, draft: Draft, run: Run) -> None:
         while number < len(run.copies):
             planned, segment, _, _ = run.copies[number]
             if planned > position:
-                if link_free >= run.boundary[position + 1] or segment not in away or position <= wait:
+                is_early = link_free < run.boundary[position + 1] and position > wait
+                if segment not in away or not is_early:
                     break
                 wait = _last_without(spare, problem.sizes[segment], position, planned)
                 if wait >= position:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from .clock import Draft, Run, held_sizes, settle
+from .clock import Draft, Run, settle
 from .model import Plan, Span
 from .problem import Problem, read_problem
 
 
-def replay(plan: Plan) -> tuple[Problem, Draft, Run]:
-    """The question that ``plan`` answers, its steps and their times."""
+def replayed(plan: Plan) -> tuple[Problem, Draft, Run]:
+    """The question that ``plan`` answers, its steps as a draft, and their times."""
     problem = read_problem(
         plan.nbytes, plan.uses, plan.budget_nbytes, plan.bandwidth, plan.resident, plan.cyclic
     )
@@ -22,33 +22,27 @@ def replay(plan: Plan) -> tuple[Problem, Draft, Run]:
 
 
 def spans(plan: Plan) -> tuple[Span, ...]:
-    """All copies, uses and stalls, by start."""
-    problem, _, run = replay(plan)
+    """All copies, uses and stalls of ``plan``, by start."""
+    problem, _, run = replayed(plan)
+    names = problem.names
     found = [
-        Span("copy", position, (problem.names[segment],), start, stop)
+        Span("copy", position, (names[segment],), start, stop)
         for position, segment, start, stop in run.copies
     ]
-    landing = {}
-    copies = iter([*run.copies, (problem.length, 0, 0.0, 0.0)])
-    position, segment, _, stop = next(copies)
     for index, use in enumerate(plan.uses):
-        while position <= index and position < problem.length:
-            landing[problem.names[segment]] = stop
-            position, segment, _, stop = next(copies)
-        begin, start = run.boundary[index], run.start[index]
-        if start > begin:
-            late = tuple(name for name in use.segments if landing.get(name, start) > begin)
-            found.append(Span("stall", index, late, begin, start))
+        start = run.start[index]
+        if index in run.late:
+            late = tuple(names[segment] for segment in run.late[index])
+            found.append(Span("stall", index, late, run.boundary[index], start))
         found.append(Span("use", index, use.segments, start, run.boundary[index + 1]))
     return tuple(sorted(found, key=lambda span: span.start_seconds))
 
 
 def held_nbytes(plan: Plan) -> tuple[int, ...]:
-    """Bytes of weights on the device, in flight included, after each step."""
-    problem, draft, _ = replay(plan)
-    units = held_sizes(problem, draft)
-    if all(isinstance(size, int) for size in plan.nbytes.values()):
-        if problem.sizes == tuple(plan.nbytes.values()):
-            return tuple(units)
-    scale = sum(plan.nbytes.values()) / sum(problem.sizes)
-    return tuple(number * scale for number in units)  # type: ignore[misc]
+    """Bytes of weights on the device, in flight included, after each step of ``plan``."""
+    total, result = sum(plan.nbytes[name] for name in plan.resident), []
+    for release, fetch in plan.steps:
+        total += sum(plan.nbytes[name] for name in fetch)
+        total -= sum(plan.nbytes[name] for name in release)
+        result.append(total)
+    return tuple(result)

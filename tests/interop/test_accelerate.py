@@ -12,11 +12,6 @@ from offload_engine.errors import ComponentError
 
 from .conftest import build, expected, is_hooked, places, run
 
-GROUPS = {
-    "onload_device": torch.device("cpu"),  # replaced in the tests: the device comes with a fixture
-    "offload_device": torch.device("cpu"),
-    "offload_type": "leaf_level",
-}
 each_kind = pytest.mark.parametrize("kind", ["model", "sequential"])
 
 
@@ -30,7 +25,11 @@ def unet_inputs(device="cpu"):
 
 
 def offload_groups(module):
-    module.enable_group_offload(**{**GROUPS, "onload_device": torch.device("sim")})
+    module.enable_group_offload(
+        onload_device=torch.device("sim"),
+        offload_device=torch.device("cpu"),
+        offload_type="leaf_level",
+    )
 
 
 def is_free_of(pipe):
@@ -160,10 +159,17 @@ def test_group_offload_enabled_on_an_attached_component_is_refused_at_the_next_c
     assert engine.resident == ()
 
 
+def test_under_the_patch_group_offload_is_refused_at_once_as_upstream(pipe):
+    with offload_engine.patch_diffusers():
+        pipe.enable_model_cpu_offload()
+        with pytest.raises(ValueError, match="Cannot apply group offloading"):
+            offload_groups(pipe.unet)
+        assert torch.equal(run(pipe), expected())
+
+
 def test_group_offload_is_possible_after_a_detach(pipe):
     offload_engine.attach(pipe).detach()
-    for module in modules(pipe).values():
-        offload_groups(module)
+    offload_groups(pipe)
     assert torch.equal(run(pipe), expected())
 
 

@@ -162,12 +162,18 @@ def test_quantised_weights_move_with_all_their_parts_and_compute_the_same(make):
     packed_nbytes = engine.report().components["model"].nbytes
     plain_nbytes = sum(p.nbytes for p in plain().parameters())
     assert packed_nbytes < 0.6 * plain_nbytes  # as quantised, not unpacked
+    model(x), other(torch.ones(1, WIDTH))  # some kernels upload tables the first time
     for _ in range(3):
         with Meter() as meter:
             out = model(x)
         assert out.device.type == "sim" and torch.equal(out.cpu(), want)
-        assert meter.moved.h2d_nbytes <= packed_nbytes + x.nbytes
-        assert meter.moved.pageable_copies <= 1  # x
+        there = x.to("sim")
+        with Meter() as own:
+            model(there)
+        h2d_nbytes = meter.moved.h2d_nbytes - own.moved.h2d_nbytes
+        assert h2d_nbytes == packed_nbytes + x.nbytes
+        assert meter.moved.pageable_copies == own.moved.pageable_copies + 1  # x
+        assert meter.peak_nbytes < 1.5 * own.peak_nbytes + packed_nbytes + x.nbytes
         assert engine.resident == ("model",)
         other(torch.ones(1, WIDTH))
         assert engine.resident == ("other",)
@@ -181,14 +187,10 @@ def test_a_change_inside_a_wrapper_is_not_lost(make):
     model, twin, other = make(), make(), nn.Linear(WIDTH, WIDTH)
     x = torch.randn(4, WIDTH)
     engine = offload_engine.attach({"model": model, "other": other}, "model->other")
-
-    def scale_of(weight):
-        return weight.scale
-
     for _ in range(3):
         assert torch.equal(model(x).cpu(), twin(x))
         with torch.no_grad():
-            scale_of(model[0].weight).mul_(1.5), scale_of(twin[0].weight).mul_(1.5)
+            model[0].weight.scale.mul_(1.5), twin[0].weight.scale.mul_(1.5)
         assert torch.equal(model(x.to("sim")).cpu(), twin(x))
         other(torch.ones(1, WIDTH))
         assert torch.equal(model(x).cpu(), twin(x))
@@ -212,7 +214,7 @@ def test_an_8_bit_component_on_the_device_stays_there_also_after_detach():
     engine = offload_engine.attach({"model": model, "other": other}, "model->other")
     for _ in range(2):
         assert torch.equal(model(x), want)
-        other(torch.ones(1, WIDTH))
+        other(torch.ones(1, WIDTH, device="sim"))
         assert set(engine.resident) == {"model", "other"}
     engine.detach()
     assert torch.equal(model(x), want)
