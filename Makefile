@@ -37,7 +37,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # The interop environment is the one above with accelerate and its kin on top.
 $(INTEROP)/.installed: $(VENV)/.installed
 	$(PYTHON) -m venv $(INTEROP)
-	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > /dev/null
 	echo "import site; site.addsitedir('$(abspath $(VENV))/lib/$(shell $(PYTHON) -c 'import sys; print(f"python{sys.version_info[0]}.{sys.version_info[1]}")')/site-packages')" \
 	  > $$($(INTEROP)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
 	$(INTEROP)/bin/python -m pip install --quiet --constraint constraints.txt \
@@ -58,6 +57,7 @@ test-sim: $(ENV)
 	$(PYTEST) tests/sim
 
 test-interop: $(INTEROP_ENV)
+	$(INTEROP_PY) -m pytest -rs tests/sim_device/test_pipelines.py
 	$(INTEROP_PY) -m pytest -rs tests/interop
 
 test-gpu: $(ENV)
