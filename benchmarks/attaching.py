@@ -93,6 +93,21 @@ def _is_unchanged(modules: dict[str, nn.Module]) -> bool:
     return all(bool((p == i % 251 + 1).all()) for i, p in enumerate(parameters))
 
 
+def sim_registrar(device: torch.device) -> host_store.Registrar:
+    """What pins host memory in place on the simulator; raises where the driver returns an error."""
+    ops = torch.ops.offload_engine_sim
+
+    def register(address: int, nbytes: int) -> int:
+        ops.register_host(address, nbytes)
+        return 0
+
+    def unregister(address: int) -> int:
+        ops.unregister_host(address)
+        return 0
+
+    return register, unregister
+
+
 @contextlib.contextmanager
 def registered_masters() -> Iterator[None]:
     """The engine pins as on CUDA, with the simulator as the driver that it registers with."""
@@ -101,14 +116,8 @@ def registered_masters() -> Iterator[None]:
         def __init__(self, device: torch.device, pin: Any = "auto") -> None:
             super().__init__(torch.device("cuda"), pin)
 
-    def registrar(device: torch.device) -> host_store.Registrar:
-        ops = torch.ops.offload_engine_sim
-        return lambda at, n: int(ops.register_host(at, n) or 0), lambda at: int(
-            ops.unregister_host(at) or 0
-        )
-
     before = engine_module.HostStore, host_store.cuda_registrar
-    engine_module.HostStore, host_store.cuda_registrar = Store, registrar  # type: ignore[misc]
+    engine_module.HostStore, host_store.cuda_registrar = Store, sim_registrar  # type: ignore[misc]
     try:
         yield
     finally:

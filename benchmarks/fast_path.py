@@ -1,8 +1,9 @@
 """What a hook adds to the forward of a denoiser that is on the device already.
 
-The denoisers are those of real pipelines, set up as their users do, since what accelerate's hook
-costs depends on the modules around it; only their forward is replaced by one that does nothing. The
-variants take turns, so that what else the machine does falls on all of them; the median counts.
+The denoisers are those of real pipelines, small, and set up as their users do, since what
+accelerate's hook costs depends on the modules around it; only their forward is replaced by one that
+does nothing. The variants take turns, so that what else the machine does falls on all of them; the
+median counts.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .pipelines import PIPELINES, modules
+from . import models
 from .tables import table
-from .ways import WAYS, why_missing
+from .ways import WAYS, modules, why_missing
 
 ROUNDS = 60
 CALLS = 300  # a round
-DENOISERS = {"sdxl": "unet", "flux": "transformer", "sd15": "unet"}  # pipeline -> component
+DENOISERS = {"sdxl": "unet", "flux": "transformer"}  # pipeline -> component
 
 BARE, PRE_HOOK, ENGINE, ACCELERATE = "no hook", "bare pre-hook", "this engine", "accelerate"
 
@@ -84,7 +85,8 @@ def _variants(device: torch.device, pipeline: str) -> dict[str, nn.Module]:
 
 
 def _denoiser(device: torch.device, pipeline: str, way: str) -> nn.Module:
-    pipe = PIPELINES[pipeline].build("tiny")
+    pipe = models.model(pipeline, tiny=True).build()
+    models.materialise(pipe, torch.device("cpu"), torch.float32, lambda drawn: drawn)
     denoiser = modules(pipe)[DENOISERS[pipeline]]
     denoiser.forward = types.MethodType(_do_nothing, denoiser)
     denoiser.__dict__["_keeps"] = WAYS[way](pipe, device)  # for as long as the module lives

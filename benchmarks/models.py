@@ -34,7 +34,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from .pipelines import modules
+from .ways import modules
 
 PROMPT = "a red bird on a snowy branch, morning light, photograph"
 SEED = 7

@@ -24,8 +24,8 @@ import offload_engine
 from offload_engine import residency
 
 from . import models
-from .pipelines import modules
 from .tables import table
+from .ways import modules
 
 LINK = 24e9  # bytes per second: PCIe 4.0 x16, pinned
 ROUNDS = 40
@@ -79,6 +79,7 @@ def measure(device: torch.device, rounds: int = ROUNDS, bandwidth: float = LINK)
         with timed_settling() as settling:
             _fetch(room, unit)
             release = _seconds(lambda: room.release(unit))
+        assert len(settling) == 2, settling
         _fetch(room, unit)
         pointing = _seconds(lambda: _point_all(unit))
         room.release(unit)
@@ -121,8 +122,8 @@ def timed_settling() -> Iterator[list[float]]:
     taken: list[float] = []
     original = residency.Unit._settle_all
 
-    def settle_all(unit: Any, link: Any, on_copy: Any) -> None:
-        taken.append(_seconds(lambda: original(unit, link, on_copy)))
+    def settle_all(unit: Any, *arguments: Any) -> None:
+        taken.append(_seconds(lambda: original(unit, *arguments)))
 
     residency.Unit._settle_all = settle_all  # type: ignore[method-assign]
     try:

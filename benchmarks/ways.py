@@ -17,7 +17,10 @@ import offload_engine
 from offload_engine import Engine
 from offload_engine.hooks import to_device
 
-from .pipelines import modules
+
+def modules(pipe: Any) -> dict[str, nn.Module]:
+    """The components of ``pipe`` that are modules, by name."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,26 @@ def _marking(name: str) -> Callable[..., Any]:
     return method
 
 
+def _reduce(self: Any, protocol: Any) -> Any:
+    if _MARK not in self.__dict__:
+        return _PARAMETER_REDUCE(self, protocol)
+    plain = _compact(self)
+    if isinstance(self, nn.Parameter):
+        plain = nn.Parameter(plain, requires_grad=self.requires_grad)
+    return plain.__reduce_ex__(protocol)
+
+
+def _compact(tensor: Any) -> Tensor:
+    """A copy with memory of its own: a pickle would take the whole slot along, for each weight."""
+    with torch.no_grad():
+        return _plain(tensor).clone(memory_format=torch.preserve_format)
+
+
+_PARAMETER_REDUCE: Any = nn.Parameter.__reduce_ex__
 _ACCESSORS: dict[str, Any] = {
     "data": property(_get_data, lambda self, value: _BASE.data.__set__(self, value)),
     "__cuda_array_interface__": property(_get_interface),
+    "__reduce_ex__": _reduce,
     **{name: _marking(name) for name in _METHODS},
 }
 
@@ -67,11 +84,8 @@ class WatchedTensor(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
-            memo[id(self)] = _plain(self).clone(memory_format=torch.preserve_format)
+            memo[id(self)] = _compact(self)
         return memo[id(self)]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _plain(self).__reduce_ex__(protocol)
 
 
 for _name, _accessor in _ACCESSORS.items():

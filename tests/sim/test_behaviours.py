@@ -4,6 +4,7 @@ The numbers are those of the table in docs/migrating.md. accelerate is not insta
 """
 
 import copy
+import ctypes
 import functools
 import gc
 import importlib.util
@@ -779,7 +780,11 @@ def test_the_copy_of_a_component_is_on_its_own(pipe, resident):
         assert second_engine.resident == ("other",)
 
 
-@pytest.mark.parametrize("make", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+def pickled(pipe):
+    return pickle.loads(pickle.dumps(pipe))
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, pickled])
 def test_the_copy_of_an_attached_pipeline_is_not_attached(pipe, make):
     on_cpu = run(build("sd15"))
     engine = offload_engine.attach(pipe)
@@ -793,6 +798,14 @@ def test_the_copy_of_an_attached_pipeline_is_not_attached(pipe, make):
     engine.detach()
     assert torch.equal(run(other), expected())
     assert second_engine.resident == ()
+
+
+def test_a_pickle_is_no_larger_than_without_the_engine(pipe):
+    plain_nbytes = len(pickle.dumps(pipe))
+    offload_engine.attach(pipe)
+    assert len(pickle.dumps(pipe)) < 1.01 * plain_nbytes
+    pipe.unet(*unet_inputs())  # resident now: all its weights lie in one slot
+    assert len(pickle.dumps(pipe)) < 1.01 * plain_nbytes
 
 
 def test_a_pipeline_is_saved_and_loaded_as_if_it_were_not_attached(pipe, tmp_path):
@@ -833,7 +846,7 @@ def test_a_pipeline_is_saved_and_loaded_as_if_it_were_not_attached(pipe, tmp_pat
             "flux2_generate",
             "text_encoder",
             lambda te: te.generate(
-                input_ids=torch.ones(1, 4).long(), max_new_tokens=2, do_sample=False
+                input_ids=torch.ones(1, 4).long(), max_length=12, do_sample=False
             ),
         ),
     ],
@@ -851,6 +864,42 @@ def test_a_component_may_be_entered_by_other_doors_than_its_forward(name, compon
             assert engine.resident == (component,)
             torch.testing.assert_close(out.cpu(), want)
             engine.release()
+
+
+def test_forward_called_by_name_is_an_entry_too(pipe):
+    engine = offload_engine.attach(pipe)
+    want = pipe.unet(*unet_inputs()).sample
+    engine.release()
+    assert torch.equal(pipe.unet.forward(*unet_inputs()).sample, want)
+    assert engine.resident == ("unet",)
+
+
+# ---- the limits
+
+
+def write_through_a_pointer(weight, value):
+    """As a kernel does that is not torch's own; the memory of the simulator is the host's."""
+    ctypes.memset(weight.data_ptr(), value, weight.nbytes)
+
+
+@pytest.mark.parametrize("said", [False, True], ids=["silent", "said"])
+def test_a_write_through_a_raw_pointer_is_kept_if_its_version_is_counted(pipe, said):
+    engine = offload_engine.attach(pipe)
+    pipe.unet(*unet_inputs())
+    weight = pipe.unet.conv_in.weight
+    write_through_a_pointer(weight, 0)
+    if said:
+        torch.autograd.graph.increment_version(weight)
+    assert not weight.any()
+    engine.release()
+    assert weight.any().item() is not said
+
+
+def test_the_forward_of_a_submodule_called_by_name_runs_where_its_weights_are(pipe):
+    offload_engine.attach(pipe)
+    quant = pipe.vae.post_quant_conv
+    assert quant.forward(torch.ones(1, 4, 8, 8)).device.type == "cpu"
+    assert quant(torch.ones(1, 4, 8, 8, device=SIM)).device.type == SIM
 
 
 # ---- beside the table: modes, compilers, callbacks
