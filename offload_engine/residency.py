@@ -8,6 +8,7 @@ nothing.
 from __future__ import annotations
 
 import enum
+import itertools
 import operator
 import threading
 import time
@@ -80,6 +81,11 @@ class _Weight:
         )
 
 
+_values: Any = dict.values
+_version: Any = operator.attrgetter("_version")
+_dtype: Any = operator.attrgetter("dtype")
+
+
 class _Snapshot:
     """What the last full look found, in lists that C code compares.
 
@@ -103,10 +109,7 @@ class _Snapshot:
         self._is_exact = not (inference or found.wrappers or found.subclasses)
 
     def _current_members(self) -> list[Any]:
-        members: list[Any] = []
-        for home in self._homes:
-            members += home.values()
-        return members
+        return list(itertools.chain.from_iterable(map(_values, self._homes)))
 
     def all_on_host(self) -> bool:
         """Whether the modules hold these tensors and no others, each at its master."""
@@ -118,7 +121,7 @@ class _Snapshot:
         return (
             self._is_exact
             and self._at([weight.device_pointer for weight in self.weights])
-            and [t._version for t in self._tensors] == [w.version for w in self.weights]
+            and list(map(_version, self._tensors)) == [w.version for w in self.weights]
             and not any(map(was_touched, self._tensors))
             and self._same_members()
         )
@@ -128,7 +131,7 @@ class _Snapshot:
             list(map(Tensor.data_ptr, self._tensors)) == pointers
             and list(map(Tensor.size, self._tensors)) == self._sizes
             and list(map(Tensor.stride, self._tensors)) == self._strides
-            and [tensor.dtype for tensor in self._tensors] == self._dtypes
+            and list(map(_dtype, self._tensors)) == self._dtypes
         )
 
     def _same_members(self) -> bool:

@@ -829,30 +829,30 @@ def test_a_pipeline_is_saved_and_loaded_as_if_it_were_not_attached(pipe, tmp_pat
 # ---- 2 of "First of all": entries other than the root forward
 
 
-@pytest.mark.parametrize(
-    ("name", "component", "enter"),
-    [
-        ("sd15", "vae", lambda vae: vae.decode(torch.ones(1, 4, 8, 8)).sample),
-        ("sd15", "vae", lambda vae: vae.encode(torch.ones(1, 3, 16, 16)).latent_dist.mean),
-        ("sd15", "vae", lambda vae: vae.post_quant_conv(torch.ones(1, 4, 8, 8))),
-        ("sd15", "unet", lambda unet: unet.time_embedding(torch.ones(1, 32))),
-        ("sd15", "text_encoder", lambda te: te.get_input_embeddings()(torch.ones(1, 3).long())),
-        (
-            "audioldm2",
-            "text_encoder",
-            lambda te: te.get_text_features(torch.ones(1, 4).long()).pooler_output,
-        ),
-        (
-            "flux2_generate",
-            "text_encoder",
-            lambda te: te.generate(
-                input_ids=torch.ones(1, 4).long(), max_length=12, do_sample=False
-            ),
-        ),
-    ],
-    ids=["decode", "encode", "child", "inner", "embeddings", "get_text_features", "generate"],
-)
-def test_a_component_may_be_entered_by_other_doors_than_its_forward(name, component, enter):
+METHODS = {
+    "decode": ("sd15", "vae", lambda vae: vae.decode(torch.ones(1, 4, 8, 8)).sample),
+    "encode": ("sd15", "vae", lambda vae: vae.encode(torch.ones(1, 3, 16, 16)).latent_dist.mean),
+    "get_text_features": (
+        "audioldm2",
+        "text_encoder",
+        lambda te: te.get_text_features(torch.ones(1, 4).long()).pooler_output,
+    ),
+    "generate": (
+        "flux2_generate",
+        "text_encoder",
+        lambda te: te.generate(torch.ones(1, 4).long(), max_length=12, do_sample=False),
+    ),
+}
+SUBMODULES = {
+    "child": ("vae", "post_quant_conv", torch.ones(1, 4, 8, 8)),
+    "grandchild": ("unet", "time_embedding.linear_1", torch.ones(1, 32)),
+    "late": ("text_encoder", "final_layer_norm", torch.ones(1, 3, 32)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_an_entry_and_takes_inputs_from_the_host(method):
+    name, component, enter = METHODS[method]
     pipe = build(name)
     with torch.no_grad():
         want = enter(getattr(build(name), component))
@@ -862,8 +862,27 @@ def test_a_component_may_be_entered_by_other_doors_than_its_forward(name, compon
             other._hf_hook.pre_forward(other)
             out = enter(getattr(pipe, component))
             assert engine.resident == (component,)
+            assert out.device.type == "sim"
             torch.testing.assert_close(out.cpu(), want)
             engine.release()
+
+
+@pytest.mark.parametrize("submodule", SUBMODULES)
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_a_submodule_is_an_entry_and_answers_where_it_was_asked(pipe, submodule, device):
+    """Who asks `text_encoder.device` is told the host, and goes on there (Ideogram 4)."""
+    component, path, x = SUBMODULES[submodule]
+    want = getattr(build("sd15"), component).get_submodule(path)(x)
+    engine = offload_engine.attach(pipe)
+    module = getattr(pipe, component).get_submodule(path)
+    other = next(each for name, each in modules(pipe).items() if name != component)
+    for _ in range(2):
+        other._hf_hook.pre_forward(other)
+        out = module(x.to(device))
+        assert engine.resident == (component,)
+        assert out.device.type == device
+        torch.testing.assert_close(out.cpu(), want)
+        engine.release()
 
 
 def test_forward_called_by_name_is_an_entry_too(pipe):

@@ -203,7 +203,9 @@ def test_the_timeline_adds_up():
 def test_held_bytes_peak_where_the_plan_says():
     plan = plan_of(flux(budget=16 * GIB, bandwidth=23.9e9, step_seconds=0.6, steps=2))
     workspaces = [use.workspace_nbytes for use in plan.uses]
-    peak = max(held + workspace for held, workspace in zip(plan.held_nbytes, workspaces, strict=True))
+    peak = max(
+        held + workspace for held, workspace in zip(plan.held_nbytes, workspaces, strict=True)
+    )
     assert plan.peak_nbytes == peak <= plan.budget_nbytes
 
 

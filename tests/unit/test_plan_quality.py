@@ -46,7 +46,7 @@ def test_small_plans_are_optimal_and_so_are_their_bounds(family):
 
 
 def test_without_a_search_bounds_still_hold_and_are_near(monkeypatch):
-    monkeypatch.setattr("offload_engine.plan.build._beams", lambda problem: [])
+    monkeypatch.setattr("offload_engine.plan.solve._beams", lambda problem: [])
     above, proven = [], []
     for seed in range(600):
         instance = denoiser(seed)

@@ -306,7 +306,9 @@ def test_the_optimum_is_that_of_plain_enumeration(first):
 
 def test_a_replay_follows_the_model():
     steps = ((), ("a", "b")), (("a",), ("c",)), ((), ())
-    plan = type("Steps", (), {"steps": [type("S", (), {"release": r, "fetch": f}) for r, f in steps]})
+    plan = type(
+        "Steps", (), {"steps": [type("S", (), {"release": r, "fetch": f}) for r, f in steps]}
+    )
     uses = [Use(("a",), 1.0, 10), Use(("b",), 5.0), Use(("c",), 1.0)]
     instance = Instance({"a": 10, "b": 20, "c": 30}, uses, 60, 10.0)
     # a lands at 1, b at 3; c is queued at 2, copied from 3 to 6, while b runs from 3 to 8
