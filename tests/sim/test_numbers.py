@@ -17,6 +17,8 @@ from benchmarks import attaching, children, fast_path, gpu_run, growth, models, 
 from offload_engine import sim
 
 LINK = 24e9  # bytes per second: what the simulated device has unless it is told otherwise
+# What runs twice: the vae; the encoders, once for each prompt.
+ONCE_OR_MORE = {"img2img": 1.1, "sd3": 1.42}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,9 +43,8 @@ def test_offloading_costs_the_weights_once_up_nothing_down_and_the_time_of_the_l
     assert ours.d2h_nbytes == none.d2h_nbytes
     assert ours.d2h_copies == none.d2h_copies
     up = ours.h2d_nbytes - none.h2d_nbytes
-    twice = {"img2img": 1.1}.get(name, 1.02)  # its vae runs twice; alignment is 2 % of tiny weights
-    assert up <= twice * ours.weights_nbytes
-    assert ours.h2d_copies <= none.h2d_copies + 6  # one for each fetch of a component
+    assert up <= ONCE_OR_MORE.get(name, 1.02) * ours.weights_nbytes  # alignment is 2 % when tiny
+    assert ours.h2d_copies <= none.h2d_copies + 8  # one for each fetch of a component
     assert ours.pageable_copies <= none.pageable_copies
     assert ours.host_syncs <= none.host_syncs + 1  # before the masters may be written again
     assert ours.seconds <= none.seconds + up / LINK + 2e-5 * ours.h2d_copies
@@ -168,15 +169,13 @@ def test_copies_in_a_profile_are_summed_by_direction_and_kind():
     assert "unknown" in gpu_run.sum_copies([])
 
 
-def test_a_child_that_runs_out_of_time_has_said_what_it_found(tmp_path):
-    code = (
-        "import sys, time; from benchmarks.gpu_run import Record; "
-        "r = Record(sys.argv[1], found=1); r.add(under_way='sleep'); time.sleep(60)"
-    )
-    path = tmp_path / "result.json"
-    said = children._run([sys.executable, "-c", code, str(path)], timeout=20.0)
-    assert "ended after 20 s" in said
-    assert json.loads(path.read_text()) == {"found": 1, "under_way": "sleep"}
+def test_a_child_that_runs_out_of_time_is_ended_and_what_it_found_counts(tmp_path):
+    said = children._run([sys.executable, "-uc", "import time; print(7); time.sleep(60)"], 2.0)
+    assert said.splitlines() == ["7", "ended after 2 s"]
+    record = gpu_run.Record(tmp_path / "result.json", found=1)
+    with pytest.raises(ZeroDivisionError), record.step("divide"):
+        raise ZeroDivisionError
+    assert json.loads((tmp_path / "result.json").read_text()) == {"found": 1, "under_way": "divide"}
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +211,8 @@ def test_the_gpu_benchmark_compares_its_runs(sim_device, dry_run):
         assert none["same_bits"] and none["is_finite"]
         assert ours["requests"][0]["peak_allocated_nbytes"] < sum(ours["weights_nbytes"].values())
         assert ours["traffic"]["DtoH"] == none["traffic"]["DtoH"]
-        assert ours["left_on_device_nbytes"] == ours["left_allocated_nbytes"] == 0
+        assert ours["left_on_device_nbytes"] == 0
+        assert ours["left_allocated_nbytes"] < 1024  # the timesteps of the scheduler
         assert ours["report"]["components"]["vae"]["fetches"] == 1
         assert sum(ours["allocator"].values()) == 0 or ours["growth"]
 
