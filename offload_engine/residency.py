@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from . import slots
+from . import watch as watch_room
 from .host_store import Block, HostStore, trim
 from .segments import Scan, TypedFlat, View, Wrapper, inner_tensors, layout, rebuild, scan, stack
 from .transfers import Fetch, Link
-from .watch import same_content, unwatch, was_touched, watch
+from .watch import same_content, unwatch, watch
 
 
 class State(enum.Enum):
@@ -83,7 +84,10 @@ class _Weight:
 
 _values: Any = dict.values
 _version: Any = operator.attrgetter("_version")
+_pointer: Any = Tensor.data_ptr
 _dtype: Any = operator.attrgetter("dtype")
+_device_pointer: Any = operator.attrgetter("device_pointer")
+_version_at_fetch: Any = operator.attrgetter("version")
 
 
 class _Snapshot:
@@ -105,6 +109,7 @@ class _Snapshot:
         self._strides = [weight.view.stride for weight in self.weights]
         self._dtypes = [weight.view.dtype for weight in self.weights]
         self._host_pointers = [weight.host_pointer for weight in self.weights]
+        self.touches = -1  # of all watched tensors, when these were fetched
         inference = any(weight.view.inference for weight in self.weights)
         self._is_exact = not (inference or found.wrappers or found.subclasses)
 
@@ -113,25 +118,25 @@ class _Snapshot:
 
     def all_on_host(self) -> bool:
         """Whether the modules hold these tensors and no others, each at its master."""
-        return self._is_exact and self._at(self._host_pointers) and self._same_members()
-
-    def all_on_device_unchanged(self) -> bool:
-        """Whether the modules hold these tensors and no others, each in the slot and never
-        written, nor taken by somebody who could have."""
         return (
             self._is_exact
-            and self._at([weight.device_pointer for weight in self.weights])
-            and list(map(_version, self._tensors)) == [w.version for w in self.weights]
-            and not any(map(was_touched, self._tensors))
-            and self._same_members()
-        )
-
-    def _at(self, pointers: list[int]) -> bool:
-        return (
-            list(map(Tensor.data_ptr, self._tensors)) == pointers
+            and list(map(Tensor.data_ptr, self._tensors)) == self._host_pointers
             and list(map(Tensor.size, self._tensors)) == self._sizes
             and list(map(Tensor.stride, self._tensors)) == self._strides
             and list(map(_dtype, self._tensors)) == self._dtypes
+            and self._same_members()
+        )
+
+    def all_on_device_unchanged(self) -> bool:
+        """Whether the modules hold these tensors and no others, each in the slot and never
+        written, nor taken by somebody who could have, nor given another shape: all are watched."""
+        return (
+            self._is_exact
+            and self.touches == watch_room.touches
+            and list(map(Tensor.data_ptr, self._tensors))
+            == list(map(_device_pointer, self.weights))
+            and list(map(_version, self._tensors)) == list(map(_version_at_fetch, self.weights))
+            and self._same_members()
         )
 
     def _same_members(self) -> bool:
@@ -312,6 +317,7 @@ class Unit:
             if not weight.view.inference:
                 weight.version = tensor._version
             watch(tensor)
+        self._snapshot.touches = watch_room.touches
 
     def _wrap(self, flat: TypedFlat, start_of: dict[int, int]) -> set[int]:
         """Puts twins around device tensors in the place of wrapper weights; ids of the wrapped."""

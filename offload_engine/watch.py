@@ -26,15 +26,25 @@ _BASE: Any = torch._C.TensorBase  # type: ignore[attr-defined]
 _METHODS = ("detach", "untyped_storage", "storage", "_typed_storage", "__dlpack__", "numpy")
 
 
+touches = 0  # how often any watched tensor was touched
+
+
 def _touch(tensor: Any) -> None:
+    global touches
     marks = tensor.__dict__
     if _MARK in marks:
         marks[_MARK] = True
+        touches += 1
 
 
 def _get_data(self: Any) -> Tensor:
     _touch(self)
     return _BASE.data.__get__(self)
+
+
+def _set_data(self: Any, value: Tensor) -> None:
+    _touch(self)
+    _BASE.data.__set__(self, value)
 
 
 def _get_interface(self: Any) -> Any:
@@ -70,7 +80,7 @@ def _compact(tensor: Any) -> Tensor:
 
 _PARAMETER_REDUCE: Any = nn.Parameter.__reduce_ex__
 _ACCESSORS: dict[str, Any] = {
-    "data": property(_get_data, lambda self, value: _BASE.data.__set__(self, value)),
+    "data": property(_get_data, _set_data),
     "__cuda_array_interface__": property(_get_interface),
     "__reduce_ex__": _reduce,
     **{name: _marking(name) for name in _METHODS},
@@ -106,11 +116,6 @@ def unwatch(tensor: Tensor) -> bool:
     if type(tensor) is WatchedTensor:
         tensor.__class__ = Tensor  # type: ignore[assignment]
     return tensor.__dict__.pop(_MARK, False)
-
-
-def was_touched(tensor: Tensor) -> bool:
-    """Whether somebody took the data of a watched tensor."""
-    return tensor.__dict__.get(_MARK, False)
 
 
 def _plain(tensor: Any) -> Tensor:
