@@ -59,7 +59,7 @@ def measure_fast_path(options: argparse.Namespace, found: Findings) -> None:
     known = [ratio for ratio in ratios if ratio is not None]
     if known:
         name, worst = "added per forward, part of accelerate's", max(known)
-        found.target(name, "0.125", f"{worst:.3f}", worst <= 1 / 8)
+        found.target(name, "<= 0.125", f"{worst:.3f}", worst <= 1 / 8)
 
 
 def measure_movement(options: argparse.Namespace, found: Findings) -> None:
@@ -78,7 +78,7 @@ def measure_movement(options: argparse.Namespace, found: Findings) -> None:
         pairs = list(zip(ours, by_way["accelerate"], strict=True))
         worst = max(_peak(a) / _peak(b) for a, b in pairs)
         met = all(_peak(a) <= _peak(b) for a, b in pairs)
-        found.target("peak device memory, part of accelerate's", "1", f"{worst:.6f}", met)
+        found.target("peak device memory, part of accelerate's", "<= 1", f"{worst:.6f}", met)
 
 
 def _peak(result: movement.Movement) -> int:
@@ -92,7 +92,9 @@ def measure_attaching(options: argparse.Namespace, found: Findings) -> None:
     print(attaching.show(results))
     found.data["attaching"] = [asdict(result) for result in results]
     worst = max(result.part(result.attach_peak_nbytes) for result in results)
-    found.target("rise of host memory by attaching", "10 %", f"{100 * worst:.2f} %", worst <= 0.1)
+    found.target(
+        "rise of host memory by attaching", "<= 10 %", f"{100 * worst:.2f} %", worst <= 0.1
+    )
     left = sum(result.left_pinned_nbytes + result.left_device_nbytes for result in results)
     found.target("pinned and device bytes after detach", "0", str(left), left == 0)
 
@@ -106,7 +108,7 @@ def measure_noticing(options: argparse.Namespace, found: Findings) -> None:
     found.data["noticing"] = result.to_dict()
     part = result.noticing_seconds / result.fetch_seconds
     name = "noticing changed weights, part of the fetch"
-    found.target(name, "2 %", f"{100 * part:.2f} %", part <= 0.02)
+    found.target(name, "<= 2 %", f"{100 * part:.2f} %", part <= 0.02)
 
 
 def measure_growth(options: argparse.Namespace, found: Findings) -> None:
@@ -152,6 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures and prints; 2 where there is no simulated accelerator to measure on."""
     options = parse(arguments)
     diffusers.logging.set_verbosity_error()
+    torch.set_num_threads(1)  # models this small lose by a second
     reason = sim.why_unavailable()
     if reason is not None:
         print(f"Nothing measured: there is no simulated accelerator here ({reason}).")
@@ -176,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _summary(found: Findings) -> Iterator[str]:
     rows = [(t.name, t.wanted, t.measured, t.met) for t in found.targets]
     yield "== Numbers to reach\n"
-    yield table(["number", "at most", "measured", "reached"], rows)
+    yield table(["number", "wanted", "measured", "reached"], rows)
     yield from (f"Left out: {text}" for text in found.left_out)
 
 

@@ -42,7 +42,7 @@ class Machine:
     def __init__(self, options: argparse.Namespace) -> None:
         self.device = open_device(options.device)
         self.scale = _TINY if options.tiny else 1
-        self.rounds = 2 if options.tiny else 20
+        self.rounds = 5 if options.tiny else 20
         is_cuda = self.device.type == "cuda"
         self.registrar = (host_store.cuda_registrar if is_cuda else sim_registrar)(self.device)
 
@@ -171,7 +171,7 @@ class Machine:
     def copying(self) -> list[dict[str, Any]]:
         """One copy from registered memory against the same bytes in pieces, and tensor by tensor
         in the sizes of SDXL's denoiser; with the host's time to queue them."""
-        nbytes = self._block_nbytes()
+        nbytes = min(self._block_nbytes(), host_store._PIECE_NBYTES)  # in one registration
         block = host_store._anonymous(nbytes).fill_(1)
         unregister = host_store.register(block, self.registrar)
         target = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
@@ -211,6 +211,27 @@ class Machine:
         ways["tensor by tensor"] = [0, *itertools.takewhile(lambda end: end <= nbytes, ends)]
         return ways
 
+    def crossing(self) -> dict[str, Any]:
+        """Whether one copy may cross from one registration into the next, as the engine's never
+        do. The last question: an answer of no is an error of the driver."""
+        nbytes = 64 * MIB // self.scale
+        block = host_store._anonymous(nbytes).fill_(1)
+        whole = host_store._PIECE_NBYTES
+        host_store._PIECE_NBYTES = nbytes // 2
+        try:
+            unregister = host_store.register(block, self.registrar)
+        finally:
+            host_store._PIECE_NBYTES = whole
+        target = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+        try:
+            seconds = self._device_seconds(lambda: target.copy_(block, non_blocking=True))
+            arrived = bool((target == 1).all())
+            return {"works": arrived, "bandwidth": nbytes / seconds}
+        except RuntimeError as error:
+            return {"works": False, "error": str(error)}
+        finally:
+            unregister()
+
     def fast_path(self) -> list[dict[str, Any]]:
         """What a hook adds to a forward, on this device."""
         results = [
@@ -226,7 +247,9 @@ class Machine:
         return result.to_dict()
 
 
-QUESTIONS = ("hardware", "link", "host_memory", "pinning", "copying", "fast_path", "noticing")
+QUESTIONS = (
+    "hardware", "link", "host_memory", "pinning", "copying", "fast_path", "noticing", "crossing",
+)  # fmt: skip
 
 
 def _mapped(nbytes: int, flags: int, huge: bool = False) -> Any:
@@ -245,6 +268,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     diffusers.logging.set_verbosity_error()
+    if options.tiny:
+        torch.set_num_threads(1)  # models this small lose by a second
     record = Record(options.out)
     machine = Machine(options)
     for name in QUESTIONS:

@@ -340,7 +340,7 @@ def sum_copies(events: list[dict[str, Any]]) -> dict[str, Any]:
     and kind: "HtoD", "HtoD Pinned", "HtoD Pageable", "DtoH", ..."""
     sums: dict[str, Any] = {}
     for event in events:
-        words = str(event.get("name", "")).replace("(", " ").split()
+        words = str(event.get("name", "")).replace("(", " ").replace(")", " ").split()
         if words[:1] != ["Memcpy"] or "bytes" not in event.get("args", {}):
             continue
         direction = words[1]
@@ -398,6 +398,8 @@ def main() -> None:
     """The child of `benchmarks.gpu`."""
     options = parse()
     diffusers.logging.set_verbosity_error()
+    if options.tiny:
+        torch.set_num_threads(1)  # models this small lose by a second
     record = Record(options.out, model=options.model, way=options.way, steps_asked=options.steps)
     try:
         run(options, record)

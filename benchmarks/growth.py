@@ -24,7 +24,7 @@ class Reading:
     calls: int
     allocated_nbytes: int  # on the device
     reserved_nbytes: int
-    peak_nbytes: int  # since the warm calls
+    peak_nbytes: int  # allocated since the reading before
     pinned_nbytes: int  # by the engine
     rss_nbytes: int | None
     objects: int  # that Python's collector tracks
@@ -49,10 +49,9 @@ class Growth:
 def measure(call: Callable[[], Any], device: torch.device, calls: int = 200) -> Growth:
     """Runs ``call`` that often; the first tenth, at least two, are warm calls."""
     warm = max(2, calls // 10)
+    read(device, 0)
     for _ in range(warm):
         call()
-    if device.type != "cpu":
-        torch.accelerator.reset_peak_memory_stats(device)
     readings = [read(device, warm)]
     step = max(1, (calls - warm) // _POINTS)
     for done in range(warm + 1, calls + 1):
@@ -63,7 +62,7 @@ def measure(call: Callable[[], Any], device: torch.device, calls: int = 200) -> 
 
 
 def read(device: torch.device, calls: int) -> Reading:
-    """What is held now."""
+    """What is held now; the peak starts anew."""
     host.settle()
     memory = (0, 0, 0)
     if device.type != "cpu":
@@ -73,6 +72,7 @@ def read(device: torch.device, calls: int) -> Reading:
             torch.accelerator.memory_reserved(device),
             torch.accelerator.max_memory_allocated(device),
         )
+        torch.accelerator.reset_peak_memory_stats(device)
     pinned = host_store.HostStore.pinned_nbytes
     return Reading(calls, *memory, pinned, host.rss_nbytes(), len(gc.get_objects()))
 

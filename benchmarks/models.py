@@ -153,9 +153,9 @@ def sdxl_unet(
     pooled_width: int = 1280,
     groups: int = 32,
     time_width: int = 256,
+    transformers: tuple[int, ...] = (1, 2, 10),
 ) -> UNet2DConditionModel:
-    """The denoiser of SDXL without weights. Every size has the blocks, and so the number of
-    tensors, of the published one."""
+    """The denoiser of SDXL without weights."""
     with _parameters_on_meta():
         return UNet2DConditionModel(
             sample_size=128,
@@ -166,7 +166,7 @@ def sdxl_unet(
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             attention_head_dim=head_dims,
-            transformer_layers_per_block=(1, 2, 10),
+            transformer_layers_per_block=transformers,
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=time_width,
@@ -176,7 +176,7 @@ def sdxl_unet(
         )
 
 
-TINY_UNET: dict[str, Any] = {
+NARROW_UNET: dict[str, Any] = {  # as many tensors as the published one
     "channels": (16, 32, 64),
     "head_dims": (2, 2, 4),
     "text_width": 64,
@@ -189,7 +189,7 @@ TINY_UNET: dict[str, Any] = {
 def _sdxl(tiny: bool) -> Any:
     vocab_size = 600 if tiny else 49408
     channels = (16, 32) if tiny else (128, 256, 512, 512)
-    unet = sdxl_unet(**(TINY_UNET if tiny else {}))
+    unet = sdxl_unet(**({**NARROW_UNET, "transformers": (1, 1, 1)} if tiny else {}))
     with _parameters_on_meta():
         return StableDiffusionXLPipeline(
             text_encoder=_clip(*((32, 2) if tiny else (768, 12)), vocab_size),

@@ -98,7 +98,7 @@ def _fetch(room: Any, unit: Any) -> None:
 
 
 def _attached(device: torch.device) -> tuple[Any, Any, Any]:
-    small = _Components(unet=models.sdxl_unet(**models.TINY_UNET))
+    small = _Components(unet=models.sdxl_unet(**models.NARROW_UNET))
     models.materialise(small, torch.device("cpu"), torch.float32, lambda drawn: drawn)
     engine = offload_engine.attach(modules(small), "unet", device=device)
     return engine, engine._mounts["unet"].unit, engine._residency

@@ -32,19 +32,16 @@ class Windows:
 
     A window from boundary a to use k: all that is used in it must be on the device by the start
     of k, at most the room of a boundary is there at its beginning, and the rest takes the link
-    some time. A chain of windows and uses is a path; the longest path is the bound. On its own it
-    equals the linear program of Albers, Garg and Leonardi (J. ACM 2000) with segments divisible;
-    two more facts sharpen it: what is held is a sum of whole segments, and whenever a copy
-    starts, its slot is taken but empty.
+    some time. A chain of windows and uses is a path; the longest path is the bound, as strong as
+    the linear program of Albers, Garg and Leonardi (J. ACM 2000) where segments can be divided.
+    Two facts sharpen it: what is held is a sum of whole segments, and whenever a copy starts,
+    its slot is taken but empty.
     """
 
     def __init__(self, problem: Problem, before: int | None) -> None:
         length = problem.length
         self.problem = problem
         self.before = before  # the use before the first, if any
-        self.rate = max(
-            (c / s for c, s in zip(problem.copy_seconds, problem.sizes, strict=True)), default=0.0
-        )
         self.upcoming = [length] * len(problem.sizes)
         self.order: list[int] = []  # segments used at or after the boundary, by next use
         self.from_boundary = [0.0] * (length + 1)
@@ -83,8 +80,8 @@ class Windows:
     def _look_ahead(self, position: int, tail: float) -> None:
         """Set what every plan needs from boundary ``position``."""
         problem, order, upcoming = self.problem, self.order, self.upcoming
-        sizes, rate, floor, from_start = problem.sizes, self.rate, self.floor, self.from_start
-        room = problem.room[position]
+        sizes, floor, from_start = problem.sizes, self.floor, self.from_start
+        room, rate = problem.room[position], problem.unit_seconds
         there, spare = self._before(position)
         room_floor, others_floor = floor(room), max(0, floor(spare))
         smallest_later, biggest = self._later_sizes()

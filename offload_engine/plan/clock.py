@@ -140,3 +140,8 @@ def _in_flight_at_wrap(problem: Problem, draft: Draft) -> set[int]:
             fresh.update(draft.fetch[position])
             fresh.difference_update(needed)
     return fresh
+
+
+def fetched_size(problem: Problem, draft: Draft) -> int:
+    """Units that ``draft`` copies."""
+    return sum(problem.sizes[segment] for queue in draft.fetch for segment in queue)

@@ -126,11 +126,12 @@ def _summary(plan: Plan) -> Iterator[str]:
     kind = "Steady cycle of" if plan.cyclic else "Plan for"
     yield (
         f"{kind} {len(plan.uses)} uses in {format_nbytes(plan.budget_nbytes)}, "
-        f"link {plan.bandwidth / 1e9:.1f} GB/s"
+        f"link {plan.bandwidth / 1e9:.3g} GB/s"
     )
     yield (
         f"predicted {plan.seconds:.3f} s = compute {compute:.3f} s + stall "
-        f"{plan.stall_seconds:.3f} s; bound {plan.bound_seconds:.3f} s, the plan is {above:.1%} above"
+        f"{plan.stall_seconds:.3f} s; at most {above:.1%} above the best possible "
+        f"(bound {plan.bound_seconds:.3f} s)"
     )
     share = copying / plan.seconds if plan.seconds else 0.0
     yield (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from heapq import heappop, heappush
+from math import inf
 
 from .clock import Draft
 from .problem import Problem, first_positions, next_positions
@@ -37,13 +38,15 @@ class Forward:
     At each boundary, while the link would idle before the next one: fetch the segment missing
     soonest, if what must go for it is needed later than it is. What goes is what is needed
     furthest ahead (Belady, 1966), where ``bulk`` seconds are taken off for each second that
-    fetching it again would take. Everything happens at the first opportunity.
+    fetching it again would take. Everything happens at the first opportunity, but no more than
+    ``lead`` seconds of compute ahead.
     """
 
-    def __init__(self, problem: Problem, bulk: float = 0.0) -> None:
+    def __init__(self, problem: Problem, bulk: float = 0.0, lead: float = inf) -> None:
         count = len(problem.sizes)
         self.problem = problem
         self.bulk = bulk
+        self.lead = lead
         self.after = next_positions(problem.needs, count)
         self.limits = fetch_limits(problem)
         self.upcoming = first_positions(problem.needs, count)
@@ -85,8 +88,8 @@ class Forward:
 
     def _prefetch(self, position: int, begin: float, release: list[int], fetch: list[int]) -> bool:
         """Fetch the segment missing soonest, if all that is needed before it can stay."""
-        segment = self._missing(position)
-        if segment < 0:
+        segment, elapsed = self._missing(position), self.problem.elapsed
+        if segment < 0 or elapsed[self.cursor[0]] - elapsed[position + 1] > self.lead:
             return False
         room = self.problem.room[position] - self.problem.sizes[segment]
         self._make_room(self.cursor[0], room, release)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from numbers import Integral
 from typing import TypeVar
 
 from ..errors import OffloadError, PlanError
@@ -21,6 +22,7 @@ class Problem:
     names: tuple[str, ...]  # of the segments
     sizes: tuple[int, ...]  # of each segment, in units
     copy_seconds: tuple[float, ...]  # of each segment
+    unit_seconds: float  # to copy one unit
     needs: tuple[tuple[int, ...], ...]  # the segments of each use
     seconds: tuple[float, ...]  # of each use
     room: tuple[int, ...]  # units left for segments during each use: budget less workspace
@@ -51,14 +53,15 @@ def read_problem(
     for use in uses:
         if use.segments not in interned:
             interned[use.segments] = tuple(dict.fromkeys(index[name] for name in use.segments))
-    sizes, room = _in_units(list(nbytes.values()), [use[2] for use in uses], budget_nbytes)
+    unit = _unit([budget_nbytes, *nbytes.values(), *(use[2] for use in uses)], budget_nbytes)
     problem = Problem(
         names=tuple(nbytes),
-        sizes=tuple(sizes),
+        sizes=tuple(_units_down(size, unit) for size in nbytes.values()),
         copy_seconds=tuple(float(value) / bandwidth for value in nbytes.values()),
+        unit_seconds=(unit or 1) / bandwidth,
         needs=tuple(interned[use.segments] for use in uses),
         seconds=tuple(float(use.seconds) for use in uses),
-        room=tuple(room),
+        room=tuple(_units_up(budget_nbytes - use[2], unit) for use in uses),
         resident=() if cyclic else tuple(sorted(index[name] for name in set(resident))),
         cyclic=cyclic,
         elapsed=tuple(accumulate((float(use.seconds) for use in uses), initial=0.0)),
@@ -146,17 +149,23 @@ def _check_fits(
         raise PlanError(worst, segments, needed_nbytes, budget_nbytes)
 
 
-def _in_units(sizes: list[int], workspaces: list[int], budget: int) -> tuple[list[int], list[int]]:
-    """Sizes, and the room beside each workspace, as integers that add up without rounding.
+def _unit(values: Sequence[float], budget: float) -> float:
+    """Bytes in a unit, or 0 to count in whole bytes.
 
-    Whole numbers stay as they are. Others count in parts of 2**-44 of the budget, sizes rounded
-    down and room up, so that what adds up to the budget fits in whatever order it is added.
+    Real numbers are counted in parts of 2**-44 of the budget, sizes rounded down and room up, so
+    that what adds up to the budget fits, in whatever order it is added.
     """
-    if all(isinstance(value, int) for value in (budget, *sizes, *workspaces)):
-        return sizes, [budget - workspace for workspace in workspaces]
-    unit = abs(budget) * 2.0**-44 or 1.0
-    rooms = [math.ceil((budget - workspace) / unit) for workspace in workspaces]
-    return [math.floor(size / unit) for size in sizes], rooms
+    if all(isinstance(value, Integral) for value in values):
+        return 0
+    return abs(float(budget)) * 2.0**-44 or 1.0
+
+
+def _units_down(size: float, unit: float) -> int:
+    return max(1, math.floor(size / unit)) if unit else int(size)
+
+
+def _units_up(room: float, unit: float) -> int:
+    return math.ceil(room / unit) if unit else int(room)
 
 
 def unrolled(problem: Problem, cycles: int) -> Problem:

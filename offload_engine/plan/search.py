@@ -14,6 +14,7 @@ from .problem import Problem
 
 _MOST_COMPARED = 64  # labels that may dominate one
 _MORE_VICTIMS = 4  # than must go, looked at by a narrow beam
+_MOST_STEPS = 20_000  # to find what to release
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +23,17 @@ class Beam:
 
     width: int = 1 << 60  # labels kept at each boundary
     reach: int = 1 << 60  # missing segments looked at, soonest first
-    fetches: int = 1 << 60  # choices of what to fetch, per label
-    releases: int = 1 << 60  # choices of what to release, per choice of fetches
+    fetches: int = 1000  # choices of what to fetch, per label
+    releases: int = 1000  # choices of what to release, per choice of fetches
 
     @property
     def is_whole(self) -> bool:
-        return min(self.reach, self.fetches, self.releases) == 1 << 60
+        """Whether a search that meets no limit has seen everything."""
+        return self.reach == 1 << 60
+
+
+NARROW = Beam(width=4, reach=3, fetches=6, releases=3)
+WIDE = Beam(width=64, reach=4, fetches=12, releases=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +43,8 @@ class Found:
     seconds: float
     draft: Draft | None  # None if nothing better than what was known before
     bound: float  # no plan is faster; 0 if nothing is proved
-    effort: int  # table entries looked at
-    fronts: list[list[Label]]
+    effort: int  # steps taken, roughly
+    fronts: list[list[Label]]  # the labels of each so many boundaries, as long as none was lost
 
 
 class Label(NamedTuple):
@@ -90,10 +96,11 @@ class Search:
     ) -> Found:
         """A plan faster than ``best`` seconds, if there is one within the beam.
 
-        With ``every``, also the labels of each so manieth boundary, until some are dropped.
+        A search that has spent ``most_effort`` ends with a narrow beam. Fronts are those after
+        ``every`` boundaries.
         """
-        self.beam, self.best = beam, best * (1 - 1e-12)
-        self.effort, self.spent, dropped = 0, 0, inf
+        self.beam, self.best, self.most_effort = beam, best * (1 - 1e-12), most_effort
+        self.effort, self.spent, self.lost = 0, 0, inf if beam.is_whole else 0.0
         fronts: list[list[Label]] = []
         start = _bits(self.problem.resident) & self.future[0]
         labels = [Label(0.0, 0.0, 0.0, 0.0, start, -1, None)]
@@ -104,26 +111,25 @@ class Search:
             parents = len(labels)
             labels = [label for same in table.values() for label in same]
             labels.sort(key=_promise)
-            width = self._width(position, parents, most_effort)
+            width = self._width(position, parents)
             if len(labels) > width:
-                dropped = min(dropped, labels[width].least)
+                self.lost = min(self.lost, labels[width].least)
                 del labels[width:]
             labels = self._undominated(labels)
-            if every and (position + 1) % every == 0 and dropped == inf:
+            if every and (position + 1) % every == 0 and self.lost == inf:
                 fronts.append(labels)
         labels.sort(key=lambda label: label.now)
         seconds = labels[0].now if labels else best
         draft = self._draft(labels[0]) if labels else None
-        bound = min(seconds, best, dropped) if beam.is_whole else 0.0
-        return Found(seconds, draft, bound, self.effort, fronts)
+        return Found(seconds, draft, min(seconds, best, self.lost), self.effort, fronts)
 
-    def _width(self, position: int, parents: int, most_effort: float) -> int:
+    def _width(self, position: int, parents: int) -> int:
         """How many labels to keep, so that the effort lasts to the end."""
         spent, self.spent = self.effort - self.spent, self.effort
-        if most_effort == inf or not parents:
+        if self.most_effort == inf:
             return self.beam.width
         share = max(1 / 16, 1 / (self.problem.length - position))
-        affordable = (most_effort - self.effort) * share * parents / max(1, spent)
+        affordable = (self.most_effort - self.effort) * share * parents / max(1, spent)
         return min(self.beam.width, max(2, int(affordable)))
 
     def _expand(
@@ -151,14 +157,26 @@ class Search:
                 free, late = end, -1
             if late >= 0 and not future >> late & 1:
                 late = -1
+            if self.effort > self.most_effort:
+                self.beam, self.lost = NARROW, min(self.lost, label.least)
+                if table:
+                    break
             excess = self.total(bits) + self.total(optional) - spare
-            for released in self._releases(position, optional, excess):
+            releases = self._releases(position, optional, excess)
+            self._note_limit(label, len(choices), self.beam.fetches)
+            self._note_limit(label, len(releases), self.beam.releases)
+            for released in releases:
                 now_held = (must | bits | optional & ~released) & future
                 least, tie = self._least(position + 1, end, free, now_held, late)
                 if least < self.best:
                     came = (label, released, (*lacking, *fetched))
                     new = Label(least, tie, end, free, now_held, late, came)
                     _add(table.setdefault((now_held, late), []), new)
+
+    def _note_limit(self, label: Label, count: int, limit: int) -> None:
+        """What a limit has cut off takes as long as ``label``, at least."""
+        if count >= limit:
+            self.lost = min(self.lost, label.least)
 
     def _fetches(
         self, position: int, held: int, link_free: float, end: float, spare: int
@@ -183,7 +201,9 @@ class Search:
             for number in range(first, len(missing)):
                 bit, segment, copy, _ = missing[number]
                 size = sizes[segment]
-                if size in passed or size > spare or len(choices) >= beam.fetches:
+                if len(choices) >= beam.fetches:
+                    return
+                if size in passed or size > spare:
                     continue
                 if free + copy <= end:
                     more = bits | bit, (*chosen, segment), free + copy, spare - size
@@ -218,20 +238,24 @@ class Search:
         for number in range(len(far) - 1, -1, -1):
             after[number] = after[number + 1] + far[number][1]
         found: list[int] = []
+        effort = self.effort + _MOST_STEPS
 
         def choose(number: int, bits: int, excess: int, least: float, kept: frozenset[int]) -> None:
             if excess <= 0:
                 if least + excess > 0:  # without the smallest it would not be enough
                     found.append(bits)
                 return
-            if after[number] < excess or len(found) >= most:
+            if after[number] < excess or len(found) >= most or self.effort > effort:
                 return
+            self.effort += 1
             bit, size = far[number]
             if size not in kept:
                 choose(number + 1, bits | bit, excess - size, min(least, size), kept)
             choose(number + 1, bits, excess, least, kept | {size})
 
         choose(0, 0, excess, inf, frozenset())
+        if self.effort > effort:
+            self.lost = 0.0
         return found
 
     def _least(

@@ -24,23 +24,22 @@ def tidy(problem: Problem, draft: Draft) -> Draft:
     return tidier if settle(problem, tidier)[0] <= seconds * (1 + 1e-12) else draft
 
 
-def without_waste(problem: Problem, draft: Draft, keep: frozenset[int] = frozenset()) -> Draft:
-    """``draft`` less the fetches that serve no use, each segment released after its last use.
-
-    What is in ``keep`` is wanted at the end, so it stays.
-    """
+def without_waste(problem: Problem, draft: Draft) -> Draft:
+    """``draft`` less the fetches that serve no use, each segment released after its last use."""
     length = problem.length
     clean = Draft.empty(problem)
     clean.resident = [*draft.resident]
     since = dict.fromkeys(draft.resident, -1)  # boundary of the fetch
     last: dict[int, int] = {}  # use since then
+    final = {segment: i for i, needed in enumerate(problem.needs) for segment in needed}
     wanted: set[tuple[int, int]] = set()  # fetches
     for position, needed in enumerate(problem.needs):
         for segment in draft.release[position]:
             if segment in last:
                 wanted.add((since.pop(segment), segment))
-                del last[segment]
-                clean.release[position].append(segment)
+                used = last.pop(segment)
+                is_done = used == final[segment]
+                clean.release[used + 1 if is_done else position].append(segment)
             elif since.pop(segment) < 0:
                 clean.release[position].append(segment)
         for segment in draft.fetch[position]:
@@ -49,10 +48,8 @@ def without_waste(problem: Problem, draft: Draft, keep: frozenset[int] = frozens
             last[segment] = position
     for segment, begun in since.items():
         used = last.get(segment, -1)
-        if segment in keep or used >= 0:
+        if used >= 0:
             wanted.add((begun, segment))
-        if segment in keep:
-            continue
         if used + 1 < length and (used >= 0 or begun < 0):
             clean.release[used + 1].append(segment)
     for position in range(length):

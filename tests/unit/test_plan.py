@@ -1,8 +1,10 @@
 """The planner: what it promises, as stories. Its quality is in test_plan_quality.py."""
 
 import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +81,12 @@ def test_every_segment_leaves_after_its_last_use():
     uses = [Use(("a",), 1.0), Use(("b",), 1.0)]
     plan = build_plan(nbytes, uses, budget_nbytes=9, bandwidth=1.0)
     assert plan.steps[1].release == ("a",)
+    instance = flux(budget=14 * GIB, bandwidth=12e9, step_seconds=0.6, steps=2)
+    plan, last = plan_of(instance), {}
+    for position, use in enumerate(instance.uses):
+        last.update(dict.fromkeys(use.segments, position))
+    for name, position in last.items():
+        assert position + 1 == len(plan.steps) or name in plan.steps[position + 1].release
 
 
 def test_no_uses_make_an_empty_plan():
@@ -246,3 +254,11 @@ def test_without_matplotlib_a_picture_says_what_to_install(tmp_path, monkeypatch
     plan = build_plan({"a": 1}, [Use(("a",), 1.0)], budget_nbytes=1, bandwidth=1.0)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         plan.plot(tmp_path / "plan.png")
+
+
+def test_the_worked_example_in_the_documentation_is_what_happens(capsys):
+    text = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    code = re.search(r"```python\n(from offload_engine.plan.*?)```", text, re.DOTALL)[1]
+    printed = re.search(r"```text\n(.*?)```", text, re.DOTALL)[1]
+    exec(compile(code, "planning.md", "exec"), {})
+    assert capsys.readouterr().out == printed

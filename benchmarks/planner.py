@@ -1,0 +1,135 @@
+"""How good the planner is, and how fast: ``python -m benchmarks.planner [--quick] [--save FILE]``.
+
+Small instances are held against the optimum, FLUX.1 against the plan's own bound. No GPU, one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from offload_engine.plan import Plan, Use, build_plan
+from tests.unit.test_plan_referee import GIB, MIB, Instance, anything, denoiser, flux, optimum
+
+from .tables import table
+
+_LINKS = {"RTX 4090": (23.9e9, 0.6), "H200": (52e9, 0.24)}  # bytes per second, seconds per step
+
+
+def timed_plan(instance: Instance, cyclic: bool = False) -> tuple[Plan, float]:
+    """The plan, and the seconds of processor time that it took."""
+    begun = time.process_time()
+    plan = build_plan(**instance.arguments, cyclic=cyclic)
+    return plan, time.process_time() - begun
+
+
+def small(count: int) -> list[dict[str, Any]]:
+    """Random small instances against their optimum."""
+    families: dict[str, Callable[[int], Instance]] = {"denoiser": denoiser, "anything": anything}
+    rows = []
+    for name, family in families.items():
+        above, proven, seconds = [], [], []
+        for seed in range(count):
+            instance = family(seed)
+            plan, spent = timed_plan(instance)
+            best = optimum(instance)
+            seconds.append(spent)
+            if best > 0:
+                above.append(max(0.0, plan.seconds / best - 1))
+                proven.append(plan.bound_seconds / best)
+        rows.append(
+            {
+                "instances": name,
+                "count": count,
+                "above optimum, mean %": 100 * statistics.mean(above),
+                "max %": 100 * max(above),
+                "bound / optimum, mean": statistics.mean(proven),
+                "min": min(proven),
+                "plan ms, mean": 1e3 * statistics.mean(seconds),
+                "max ms": 1e3 * max(seconds),
+            }
+        )
+    return rows
+
+
+def image(steps: int) -> list[dict[str, Any]]:
+    """FLUX.1 against the bound, once and as a steady cycle."""
+    rows = []
+    for machine, (bandwidth, step_seconds) in _LINKS.items():
+        for gib in (12, 16, 20, 24):
+            for cyclic in (False, True):
+                instance = flux(
+                    budget=gib * GIB, bandwidth=bandwidth, step_seconds=step_seconds, steps=steps
+                )
+                plan, spent = timed_plan(instance, cyclic)
+                rows.append(
+                    {
+                        "FLUX.1 on": machine,
+                        "GiB": gib,
+                        "cyclic": "yes" if cyclic else "once",
+                        "seconds": round(plan.seconds, 3),
+                        "stall": round(plan.stall_seconds, 3),
+                        "bound": round(plan.bound_seconds, 3),
+                        "above %": round(100 * (plan.seconds / plan.bound_seconds - 1), 2),
+                        "fetched GB": round(plan.fetched_nbytes / 1e9, 1),
+                        "plan s": round(spent, 2),
+                    }
+                )
+    return rows
+
+
+def growth(most: int) -> list[dict[str, Any]]:
+    """Cost over the number of uses: FLUX.1 blocks, and 200 blocks of seven sizes."""
+    rows = []
+    for count in (10**3, 10**4, 10**5):
+        if count > most:
+            break
+        sizes = {f"block.{i}": (100 + 10 * (i % 7)) * MIB for i in range(200)}
+        uses = [Use((f"block.{i % 200}",), 0.002) for i in range(count)]
+        loops = {
+            "FLUX.1": flux(
+                budget=12 * GIB, bandwidth=52e9, step_seconds=0.24, steps=round(count / 57)
+            ),
+            "200 blocks": Instance(sizes, uses, sum(sizes.values()) // 2, 50e9),
+        }
+        for name, instance in loops.items():
+            plan, spent = timed_plan(instance)
+            rows.append(
+                {
+                    "loop": name,
+                    "uses": len(instance.uses),
+                    "plan s": round(spent, 2),
+                    "us per use": round(1e6 * spent / len(instance.uses)),
+                    "above %": round(100 * (plan.seconds / plan.bound_seconds - 1), 2),
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer instances, shorter loops")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write all rows as JSON")
+    args = parser.parse_args()
+    results = {
+        "small": small(100 if args.quick else 1000),
+        "flux": image(4 if args.quick else 28),
+        "growth": growth(10**4 if args.quick else 10**5),
+    }
+    for rows in results.values():
+        print(table(list(rows[0]), [list(row.values()) for row in rows]), end="\n\n")
+    if args.save:
+        from .provenance import provenance
+
+        made = {"made": provenance(), "processor": platform.processor(), **results}
+        args.save.write_text(json.dumps(made, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Several drafts, the best of them, and the bound."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import inf
+
+from .bound import remaining_bounds
+from .clock import Draft, fetched_size, settle
+from .cycle import closed, turned
+from .greedy import Forward
+from .problem import Problem, rotated, unrolled
+from .search import NARROW, WIDE, Beam, Search
+from .tidy import tidy, without_waste
+
+_RULES = ((0, inf), (0, 0.25), (0, 0.06), (1, inf), (0.5, inf), (-0.5, inf), (2, inf), (-1, inf))
+"""Forward passes to try: bulk, and lead as a part of the time to copy everything once."""
+_FIRST_RULES = 3  # tried even if one takes as long as the bound: another may fetch less
+_MOST_USES_TRIED = 40_000  # of all forward passes together
+_MOST_DRAFTS = 3  # to tidy
+_CLOSE = 1 + 1e-9
+_AS_GOOD = 1 + 5e-4  # for a big problem, where bytes can count more than that
+
+_WHOLE_TREE = 2_500  # uses times segments, up to which the search may be exact
+_MOST_EFFORT = 600_000  # of all searches together
+
+_ROUNDS = 4  # that a cycle is unrolled to
+_FEW_ROUNDS = 3  # the same, for a long one
+_LONG = 400  # uses
+_SEARCH_ROUNDS = 8  # the same, for a search
+
+
+def solve(problem: Problem) -> tuple[Draft, float]:
+    """A draft for ``problem``, and seconds that no legal plan can beat."""
+    if not problem.length:
+        return Draft.empty(problem), 0.0
+    if not problem.cyclic:
+        best = _once(problem)
+        return best.tidiest(), best.bound
+    first = _tightest(problem)
+    best = _steady(rotated(problem, first))
+    return turned(best.tidiest(), -first % problem.length), best.bound
+
+
+class Best:
+    """Drafts, the seconds of the fastest, and seconds that no draft can beat."""
+
+    def __init__(self, problem: Problem, bound: float) -> None:
+        self.problem = problem
+        self.bound = bound
+        self.seconds = inf
+        self.drafts: list[tuple[float, Draft]] = []
+
+    def offer(self, draft: Draft) -> None:
+        seconds = settle(self.problem, draft)[0]
+        self.seconds = min(seconds, self.seconds)
+        self.drafts.append((seconds, draft))
+
+    def raise_bound(self, bound: float) -> None:
+        self.bound = max(self.bound, bound)
+
+    @property
+    def is_proven(self) -> bool:
+        return self.seconds <= self.bound * _CLOSE
+
+    def tidiest(self) -> Draft:
+        """Of drafts as good as the fastest, tidied, the one that fetches least."""
+        problem = self.problem
+        is_exact = self.is_proven or _size(problem) <= _WHOLE_TREE
+        limit = self.seconds * (_CLOSE if is_exact else _AS_GOOD)
+        drafts = [draft for seconds, draft in self.drafts if seconds <= limit]
+        drafts.sort(key=lambda draft: fetched_size(problem, draft))
+        tidied = [tidy(problem, draft) for draft in drafts[:_MOST_DRAFTS]]
+        return min(tidied, key=lambda draft: fetched_size(problem, draft))
+
+
+def _once(problem: Problem) -> Best:
+    """Drafts for uses that run once."""
+    bounds = remaining_bounds(problem)
+    best = Best(problem, bounds.from_boundary[0])
+    for number, forward in enumerate(_forwards(problem)):
+        if number >= _FIRST_RULES and best.is_proven:
+            break
+        best.offer(without_waste(problem, forward.draft()))
+    search, left = Search(problem, bounds), _MOST_EFFORT
+    for beam in [] if best.is_proven else _beams(problem):
+        found = search.run(best.seconds, beam, left)
+        left -= found.effort
+        if found.draft:
+            best.offer(without_waste(problem, found.draft))
+        best.raise_bound(found.bound)
+        if best.is_proven or left <= 0:
+            break
+    return best
+
+
+def _steady(problem: Problem) -> Best:
+    """Drafts for uses that repeat for ever."""
+    rounds = _ROUNDS if problem.length <= _LONG else _FEW_ROUNDS
+    rolled = unrolled(problem, rounds)
+    best = Best(problem, _steady_bound(rolled, rounds))
+    for number, forward in enumerate(_forwards(rolled)):
+        if number >= _FIRST_RULES and best.is_proven:
+            break
+        draft = forward.draft()
+        for turn in range(1, rounds - 1):
+            best.offer(closed(problem, draft, turn))
+    if not best.is_proven:
+        _search_rounds(problem, best)
+    return best
+
+
+def _forwards(problem: Problem) -> list[Forward]:
+    """The forward passes to try, fewer for long problems."""
+    rules = _RULES[: max(1, _MOST_USES_TRIED // problem.length)]
+    once = sum(problem.copy_seconds)
+    return [Forward(problem, bulk, lead * once) for bulk, lead in rules]
+
+
+def _beams(problem: Problem) -> list[Beam]:
+    """The searches to try, none for big problems."""
+    if _size(problem) <= _WHOLE_TREE:
+        return [NARROW, Beam()]
+    return [NARROW, WIDE] if _size(problem) <= 20 * _WHOLE_TREE else []
+
+
+def _size(problem: Problem) -> int:
+    return problem.length * len(problem.sizes)
+
+
+def _tightest(problem: Problem) -> int:
+    """The boundary over which the least can be kept."""
+    need = [sum(problem.sizes[s] for s in needed) for needed in problem.needs]
+    spare = [room - units for room, units in zip(problem.room, need, strict=True)]
+    return min(range(problem.length), key=lambda i: (spare[i - 1], spare[i], i))
+
+
+def _steady_bound(rolled: Problem, rounds: int) -> float:
+    """Seconds that no steady cycle can beat, from windows over one and more rounds."""
+    ahead = remaining_bounds(rolled, rolled.length - 1).from_boundary
+    length = rolled.length // rounds
+    return max(ahead[(rounds - left) * length] / left for left in range(1, rounds + 1))
+
+
+def _search_rounds(problem: Problem, best: Best) -> None:
+    """Search the best way through several rounds, which shows the best steady cycle.
+
+    [Note: steady bound] The labels after a round follow from those before it, and a delay of all
+    of those delays all of these. So if every label after a round is no better, whatever comes,
+    than some label before it that is delayed by some seconds, then each further round takes at
+    least as long as that delay.
+    """
+    left = _MOST_EFFORT
+    for beam in _beams(problem):
+        rounds = _SEARCH_ROUNDS if beam.is_whole else _SEARCH_ROUNDS // 2
+        rolled = unrolled(problem, rounds)
+        search = Search(rolled, remaining_bounds(rolled))
+        found = search.run(inf, beam, left, every=problem.length)
+        left -= found.effort
+        if found.draft:
+            for turn in range(1, rounds - 1):
+                best.offer(closed(problem, found.draft, turn))
+        for before, after in pairwise(found.fronts[:-1]):
+            delays = (max(search.lead(first, second) for first in before) for second in after)
+            best.raise_bound(min(delays))
+        if best.is_proven or left <= 0:
+            break
