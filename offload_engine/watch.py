@@ -43,7 +43,9 @@ def _get_data(self: Any) -> Tensor:
 
 
 def _set_data(self: Any, value: Tensor) -> None:
-    _touch(self)
+    global touches
+    if _MARK in self.__dict__:
+        touches += 1  # calls for a full look, which sees where the data lies
     _BASE.data.__set__(self, value)
 
 

@@ -64,10 +64,12 @@ def device(ready):
     """The device, in deterministic settings, with nothing of earlier tests on it."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would touch what is allocated
     torch.backends.cudnn.benchmark = False
     clean()
     yield ready
     torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     clean()
 
 

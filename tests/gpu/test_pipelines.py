@@ -69,11 +69,13 @@ def test_every_way_that_the_benchmark_compares_makes_the_same_image(device, name
 
 
 def test_half_precision_and_inference_mode(device):
-    case, pipe = build("sdxl", torch.float16)
-    pipe.to(device)
+    case, resident = build("sdxl", torch.float16)
+    _, offloaded = build("sdxl", torch.float16)
+    resident.to(device)
     with torch.inference_mode():
-        expected = torch.as_tensor(case.run(pipe, 2))
-        pipe.to("cpu")
-        with offload_engine.attach(pipe, device=device):
-            for _ in range(2):
-                assert torch.equal(torch.as_tensor(case.run(pipe, 2)), expected)
+        expected = [torch.as_tensor(case.run(resident, 2)) for _ in range(2)]
+    del resident
+    clean()
+    with offload_engine.attach(offloaded, device=device), torch.inference_mode():
+        for image in expected:
+            assert torch.equal(torch.as_tensor(case.run(offloaded, 2)), image)
