@@ -8,7 +8,7 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,13 +16,19 @@ from tqdm.auto import tqdm
 
 from . import slots
 from .errors import ComponentError, DeviceError
-from .hooks import HfHook, Undo, Walker, install, run_back
+from .guide import Chain, Guide
+from .hooks import HfHook, Undo, Walker, install, nbytes_on, run_back
 from .host_store import HostStore
+from .measure import Meter
 from .pipeline import Pipeline, calls_on_stack, engine_of, is_bitsandbytes_8bit
+from .plan import Plan
+from .planner import Planner
 from .report import Report, build_report
-from .residency import Event, Residency, Unit, new_log
+from .residency import Event, Residency, State, Unit, new_log
 from .segments import sharing
 from .sequence import Cursor, Sequence, learn
+from .transfers import elapsed_seconds
+from .units import parse_nbytes
 from .watch import watch_process
 
 _log = logging.getLogger("offload_engine")
@@ -44,24 +50,31 @@ def attach(
     "+" joins those that alternate in one loop; None: the pipeline's ``model_cpu_offload_seq``. It
     is a first guess: each call teaches the next. ``device``, ``gpu_id``: as in diffusers'
     ``enable_model_cpu_offload``; None: the accelerator torch finds. ``pin``: "auto", True, False,
-    or the most bytes of host memory to pin. ``vram``: not available yet.
+    or the most bytes of host memory to pin.
+
+    ``vram``: None is chain mode: one component at a time, all memory given back at the end of a
+    call. Or the bytes of device memory to use, weights and activations together, as a number, as
+    text ("8GiB"), or "auto" for what is free now: the first call is careful and measures, the
+    next ones follow a plan, and what is worth keeping stays between calls. Pipelines with a
+    ``vram`` on one device share it.
 
     Attaches everything or nothing; attaching again replaces. Raises OffloadError (a ValueError):
-    SequenceError, DeviceError, ComponentError.
+    SequenceError, DeviceError, ComponentError, PlanError where a component is larger than ``vram``.
     """
     pipeline = Pipeline(pipe)
     pipeline.check_not_placed()
     sequence = pipeline.sequence(seq)
     target = resolve_device(device, gpu_id, getattr(pipe, "_offload_gpu_id", None))
-    if vram is not None:
-        raise NotImplementedError("vram= is not available yet; leave it out for chain mode.")
+    budget_nbytes = _read_vram(vram, pipeline, target)
     store = HostStore(target, pin)
     pipeline.remove_foreign_hooks()
     pipeline.check_loaded(target)
+    if budget_nbytes is not None:
+        pipeline.check_fits(sequence, budget_nbytes)
     before = engine_of(pipe)
     if before is not None and not before.could_share(target, pin):
         before.detach()
-    return Engine(pipeline, sequence, Residency(target), store, pin, before)
+    return Engine(pipeline, sequence, target, store, pin, budget_nbytes, before)
 
 
 class Engine:
@@ -71,21 +84,23 @@ class Engine:
         self,
         pipeline: Pipeline,
         sequence: Sequence,
-        residency: Residency,
+        device: torch.device,
         store: HostStore,
         pin: Any,
+        vram_nbytes: int | None,
         before: Engine | None,
     ) -> None:
         self._pipeline = pipeline
         self._sequence = sequence
         self._store = store
         self._pin = pin
-        self._walker = Walker(residency)
+        self._walker = _walker_of_budget(device, vram_nbytes) or Walker(Residency(device))
+        self._planner = Planner(vram_nbytes)
         self._mounts: dict[str, _Mount] = {}  # component name -> mount
         self._placed: dict[str, nn.Module] = {}  # excluded components, on the device for good
-        # Of each call that is under way, the cursor that it interrupted.
-        self._calls: list[tuple[Cursor, Callable[[], None] | None, deque[Event]]] = []
-        self._log = residency.log  # of the last call
+        self._calls: list[_Before] = []  # of each call that is under way, what it interrupted
+        self._log = self._residency.log  # of the last call
+        self._meter = Meter(None)  # the same
         self._solo = False  # a loop did not fit: one component at a time from now on
         self._attached = True
         self._last_report: Report | None = None  # once detached
@@ -97,7 +112,12 @@ class Engine:
             self._mount_all(progress=True)
             if before is not None:
                 before.detach()
-            pipeline.attach(self, residency.device, self._undo)
+            pipeline.attach(self, device, self._undo)
+            if vram_nbytes is not None:
+                placed = [t for m in self._placed.values() for t in _tensors_on(m, device)]
+                outside = slots.outside_nbytes(device) - sum(t.nbytes for t in placed)
+                self._planner.outside_nbytes = max(0, outside)
+                _budgeted.add(self)
             self._idle()
         except BaseException:
             self.detach()
@@ -111,9 +131,14 @@ class Engine:
         return self._residency.device
 
     @property
-    def plan(self) -> None:
-        """The plan in force; None in chain mode."""
-        return None
+    def plan(self) -> Plan | None:
+        """The plan in force; None until a call was measured."""
+        return self._planner.plan
+
+    @property
+    def vram_nbytes(self) -> int | None:
+        """The device memory to use, in bytes; None in chain mode."""
+        return self._planner.vram_nbytes
 
     @property
     def sequence(self) -> Sequence:
@@ -122,9 +147,9 @@ class Engine:
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """Names of the components with weights on the device now."""
+        """Names of the components with weights on the device now; not those on their way."""
         here = set(self._placed)
-        on_device = self._residency.resident
+        on_device = [u for u in self._residency.resident if u.state is not State.LOADING]
         here |= {name for name, mount in self._mounts.items() if mount.unit in on_device}
         return tuple(name for name in self._pipeline.modules if name in here)
 
@@ -142,11 +167,15 @@ class Engine:
         """What moved in the last call, or since it where components were run outside of one."""
         if self._last_report is not None:
             return self._last_report
+        last = [] if self._calls else list(self._meter.marks)
         return build_report(
             list(self._log),
             {name: mount.unit for name, mount in self._mounts.items()},
             device=self.device,
             sequence=self._sequence,
+            marks=last + list(self._walker.meter.marks),
+            seconds=elapsed_seconds(last[0].reached, last[-1].ended) if last else 0.0,
+            plan=self._planner.plan_of_last_call,
             peak_before_nbytes=self._peaks[0],
             peak_nbytes=slots.peak_nbytes(self.device) if self._calls else self._peaks[1],
         )
@@ -195,35 +224,55 @@ class Engine:
 
     # ---- what the attached pipeline tells it
 
-    def begin_call(self) -> None:
-        """The pipeline was called."""
+    def begin_call(self, steps: int | None = None) -> None:
+        """The pipeline was called, to take ``steps`` denoising steps if that is known."""
         walker = self._walker
         del self._calls[calls_on_stack(self) - 1 :]
         if not self._calls:
             self.refresh()
             peak = slots.peak_nbytes(self.device)
             self._peaks = (peak, peak)
-        self._calls.append((walker.cursor, walker.on_wrap, self._residency.log))
+        walker.leave()
+        residency = self._residency
+        self._calls.append(
+            _Before(walker.guide, walker.meter, walker.on_wrap, residency.log, residency.busy)
+        )
+        residency.busy = True
         if len(self._calls) == 1:
-            self._log = self._residency.log = new_log()
-        walker.cursor, walker.on_wrap = self._cursor(), None
+            self._log = residency.log = new_log()
+        if self.vram_nbytes is not None:
+            residency.settle_all(mount.unit for mount in self._mounts.values())
+        walker.on_wrap, walker.meter = None, Meter(residency.link)
+        walker.guide = self._planner.guide(
+            self._chain, self._nbytes(), steps, walker.meter, solo=self._solo
+        )
 
-    def end_call(self, error: BaseException | None) -> None:
-        """The call returned, or raised ``error``: learn from it, and give the memory back."""
-        walker = self._walker
-        trace = walker.cursor.trace
+    def end_call(self, error: BaseException | None, result: Any = None) -> None:
+        """The call gave ``result``, or raised ``error``: learn from it, and give memory back."""
+        walker, residency = self._walker, self._residency
+        guide, meter = walker.guide, walker.meter
+        meter.end(nbytes_on(result, self.device))
+        walker.leave()
         depth = calls_on_stack(self) - 1
         if len(self._calls) > depth:
-            walker.cursor, walker.on_wrap, self._residency.log = self._calls[depth]
+            before = self._calls[depth]
+            walker.guide, walker.meter, walker.on_wrap = before.guide, before.meter, before.on_wrap
+            residency.busy = before.busy
+            log, residency.log = residency.log, before.log
             del self._calls[depth:]
-        if error is None:
-            self._learn(trace)
-        elif isinstance(error, torch.OutOfMemoryError):
+            if not self._calls:
+                self._meter = meter
+            if error is None:
+                self._learn(guide, meter, log)
+        if isinstance(error, torch.OutOfMemoryError):
             self._solo = True
         if not self._attached:
             return
         try:
-            walker.release_all()
+            if self.vram_nbytes is None or isinstance(error, torch.OutOfMemoryError):
+                walker.release_all()
+            elif error is None and not self._calls:
+                self._settle()
         except Exception:
             if error is None:
                 raise
@@ -231,12 +280,16 @@ class Engine:
         if not self._calls:
             self._peaks = (self._peaks[0], slots.peak_nbytes(self.device))
             if walker.on_wrap is not None:  # not within a call of another pipeline
-                self._residency.log = self._log
+                residency.log = self._log
                 self._idle()
 
     def free(self) -> None:
-        """``maybe_free_model_hooks``: everything off the device."""
-        self._walker.release_all()
+        """``maybe_free_model_hooks``: everything off the device; pipelines call it at their end.
+
+        With a ``vram`` of its own, a call keeps what is worth keeping.
+        """
+        if self.vram_nbytes is None or not self._calls:
+            self._walker.release_all()
         if not self._calls:
             self._idle()
             self.refresh()
@@ -292,24 +345,48 @@ class Engine:
         """Whether a new engine for the same pipeline can take over the masters of this one."""
         return self._attached and self.device == device and self._pin == pin
 
-    def _cursor(self) -> Cursor:
+    def _chain(self) -> Chain:
         units = {name: mount.unit.name for name, mount in self._mounts.items()}
         stages = tuple(
             tuple(dict.fromkeys(units[name] for name in stage if name in units))
             for stage in self._sequence.stages
         )
         stages = tuple(stage for stage in stages if stage)
-        return Cursor(Sequence(stages), self._nbytes(), solo=self._solo)
+        return Chain(Cursor(Sequence(stages), self._nbytes(), solo=self._solo))
 
     def _nbytes(self) -> dict[str, int]:
         """Bytes of each unit of this pipeline."""
         return {mount.unit.name: mount.unit.nbytes for mount in self._mounts.values()}
 
-    def _learn(self, trace: list[str]) -> None:
+    def _learn(self, guide: Guide, meter: Meter, log: deque[Event]) -> None:
+        """Takes in what the call showed: the order of its uses, and what they cost."""
+        if not meter.marks or meter.is_full:
+            return
         names = {mount.unit.name: name for name, mount in reversed(self._mounts.items())}
-        if trace:
+        if not guide.is_still:  # such a call shows each unit once only
             nbytes = {names[unit]: size for unit, size in self._nbytes().items()}
-            self._sequence = learn([names[unit] for unit in trace if unit in names], nbytes)
+            trace = [names[mark.unit] for mark in meter.marks if mark.unit in names]
+            self._sequence = learn(trace, nbytes)
+        if not self._calls:
+            self._planner.ended(guide, meter, log, frozenset(names))
+
+    def _settle(self) -> None:
+        """Has on the device what the plan for the next call begins with."""
+        plan = self._planner.prepare(self._nbytes(), self._meter.outside_nbytes)
+        if plan is None:
+            return
+        residency = self._residency
+        with residency.lock:
+            wanted = set(plan.resident)
+            missing = [name for name in plan.resident if name in residency.units]
+            missing = [n for n in missing if residency.units[n].state is State.HOST]
+            if not missing:
+                return
+            for unit in residency.resident:
+                if unit.name not in wanted:
+                    residency.release(unit)
+            first = {s: -at for at, use in reversed([*enumerate(plan.uses)]) for s in use.segments}
+            residency.prefetch(sorted(missing, key=lambda name: -first.get(name, 0)))
 
     def _idle(self) -> None:
         """Outside of calls: components that the user runs by hand are followed just as well.
@@ -317,7 +394,10 @@ class Engine:
         Nothing is learned from them: who runs a part by hand has not shown how the whole runs.
         """
         if not self._calls and self._attached:
-            self._walker.cursor, self._walker.on_wrap = self._cursor(), self._idle
+            walker = self._walker
+            walker.meter = Meter(self._residency.link, most_marks=_MARKS_BY_HAND)
+            walker.guide = self._planner.guide_by_hand(self._chain, self._nbytes(), walker.meter)
+            walker.on_wrap = self._idle
 
     def _mount_all(self, progress: bool) -> None:
         """Mounts every component that is not; on failure those mounted here are taken down."""
@@ -416,6 +496,16 @@ class Engine:
         module.__dict__["_hf_hook"] = HfHook(self.device, None, None)
 
 
+class _Before(NamedTuple):
+    """What a call interrupted."""
+
+    guide: Guide
+    meter: Meter
+    on_wrap: Callable[[], None] | None
+    log: deque[Event]
+    busy: bool
+
+
 class _Mount:
     """A unit with its entries on the modules, shared by every engine whose pipeline has them."""
 
@@ -459,6 +549,32 @@ class _Mount:
 
 
 _mounts: weakref.WeakSet[_Mount] = weakref.WeakSet()
+_budgeted: weakref.WeakSet[Engine] = weakref.WeakSet()  # engines with a vram of their own
+_MARKS_BY_HAND = 100
+
+
+def _walker_of_budget(device: torch.device, vram_nbytes: int | None) -> Walker | None:
+    """The walker of pipelines that share the budget of ``device``, if there are any."""
+    sharers = [e for e in _budgeted if e._attached and e.device == device]
+    return sharers[0]._walker if sharers and vram_nbytes is not None else None
+
+
+def _read_vram(vram: int | str | None, pipeline: Pipeline, device: torch.device) -> int | None:
+    """``vram`` in bytes; None for chain mode. Raises OffloadError."""
+    if vram is None or vram != "auto":
+        return None if vram is None else parse_nbytes(vram, "vram")
+    if device.type == "cpu":
+        return None
+    mine = sum(t.nbytes for m in pipeline.modules.values() for t in _tensors_on(m, device))
+    reserved = torch.accelerator.memory_reserved(device)
+    free, total = slots.memory_info(device)
+    if not total:
+        raise DeviceError(f"{device} does not tell its free memory; give vram in bytes.")
+    return free + reserved - slots.allocated_nbytes(device) + mine
+
+
+def _tensors_on(module: nn.Module, device: torch.device) -> list[torch.Tensor]:
+    return [t for t in (*module.parameters(), *module.buffers()) if t.device == device]
 
 
 def _mount_of(module: nn.Module) -> _Mount | None:

@@ -1,9 +1,9 @@
-"""Entry points: pre-hooks on components that walk the sequence with a cursor.
+"""Entry points: pre-hooks on components that lead the residency through a call.
 
 A component is entered through its root (``module(...)``), through methods such as ``decode`` and
 ``generate``, through ``_hf_hook.pre_forward`` (what diffusers calls when accelerate is there), and
-through any submodule while the weights are on the host. Nothing is decided here: the cursor says
-what may stay, the residency moves.
+through any submodule while the weights are on the host. Nothing is decided here: the guide says
+what to release and to fetch, the residency does it, the meter measures.
 
 [Note: doors] While a unit is on the host, its roots carry a forward pre-hook, and so does every
 submodule, which may be called before its component: the door. Entered through a door, a unit keeps
@@ -26,7 +26,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .residency import Residency, State, Unit
+from .guide import Chain, Guide
+from .measure import Mark, Meter, Sampler
+from .residency import CLOSED, Residency, State, Unit
 from .segments import scan
 from .sequence import Cursor, Sequence
 
@@ -41,45 +43,99 @@ _HOST = torch.device("cpu")
 
 
 class Walker:
-    """Walks one residency through the sequence of the call that is under way."""
+    """Leads one residency through the call that is under way."""
 
     def __init__(self, residency: Residency) -> None:
         self.residency = residency
-        self.current: Unit | None = None  # the unit that ran last, entered through its root
+        self.opened: list[Unit] = []  # units that may run unasked, entered through their root
         self.at_door: Unit | None = None  # the unit that ran last, entered through a submodule
         self.inside: list[tuple[nn.Module, bool]] = []  # submodules entered; from the host?
-        self.stream: Any = None  # the key of the stream it ran on
+        self.stream: Any = None  # the key of the stream that `at_door` ran on
         self.stream_key: Callable[[], Any] = lambda: None
         if residency.link is not None:
             self.stream_key = residency.link.current_key
-        self.cursor = Cursor(Sequence(()))
+        self.guide: Guide = Chain(Cursor(Sequence(())))
+        self.meter = Meter(residency.link)
+        self.sampler: Sampler | None = None  # while it watches operators
         self.on_wrap: Callable[[], None] | None = None  # what to do when a round begins anew
 
     @torch.compiler.disable
-    def enter(self, unit: Unit, *, by_door: bool = False) -> None:
-        """Has ``unit`` resident on the current stream, and what the cursor allows beside it."""
-        with self.residency.lock:
-            self.leave()
-            if self.on_wrap is not None and self.cursor.wraps(unit.name):
+    def enter(self, unit: Unit, work: int, *, by_door: bool = False) -> None:
+        """Has ``unit`` resident on the current stream, and what the guide allows beside it.
+
+        ``work``: elements in the tensors it is given.
+        """
+        residency, guide = self.residency, self.guide
+        with residency.lock:
+            if self.at_door is not None or not guide.is_still:
+                self.leave()
+            if self.on_wrap is not None and guide.wraps(unit.name):
                 self.on_wrap()
-            self.residency.enter(unit, self.cursor.enter(unit.name))
-            self.stream = self.stream_key()
+                guide = self.guide
+            self._switch(unit, work, guide)
+            key = self.stream_key()
             if by_door:
-                self.at_door = unit
+                self.at_door, self.stream = unit, key
                 return
             if unit.doors is not None:
                 unit.doors.disarm()
-            self.current = unit
+            if not guide.watches_forwards:
+                self.opened.append(unit)
+                unit.open_on = key
+
+    def _switch(self, unit: Unit, work: int, guide: Guide) -> None:
+        residency, meter = self.residency, self.meter
+        residency.settle(unit)
+        mark = meter.marks[-1] if meter.marks else None
+        again = mark is not None and mark.unit == unit.name
+        reached = None if again else meter.boundary()
+        here = {other.name: other.nbytes for other in residency.resident}
+        late = residency.enter(unit, guide.enter(unit.name, work, here))
+        if mark is not None and again:
+            mark.forwards += 1
+            mark.work = max(mark.work, work)
+        else:
+            meter.begin(Mark(unit.name, work), reached, late)
+
+    def run(self, unit: Unit, bare: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Runs ``bare`` of a unit that was just entered, watched if the guide wants to know."""
+        link, marks = self.residency.link, self.meter.marks
+        if not self.guide.watches_forwards or self.sampler is not None or link is None or not marks:
+            return bare(*args, **kwargs)
+        mark = marks[-1]
+        known = mark.sampled_nbytes is not None and mark.work <= mark.sampled_work
+        if known or not Sampler.works_on(link.device) or _is_compiled(unit):
+            return bare(*args, **kwargs)
+        self.sampler = Sampler(link.device)
+        try:
+            with self.sampler:
+                return bare(*args, **kwargs)
+        finally:
+            mark.sampled_work = mark.work
+            mark.sampled_nbytes = max(mark.sampled_nbytes or 0, self.sampler.most_nbytes)
+            self.sampler = None
 
     def leave(self) -> None:
         """No unit is known to be ready: the next entry looks at everything again."""
-        self.current = self.at_door = None
+        for unit in self.opened:
+            unit.open_on = CLOSED
+        self.opened.clear()
+        self.at_door = None
         self.inside.clear()
 
     def release_all(self) -> None:
         with self.residency.lock:
             self.leave()
             self.residency.release_all()
+
+
+def _is_compiled(unit: Unit) -> bool:
+    """Whether any of its modules is compiled: under a dispatch mode it would run otherwise."""
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        for root in unit.modules
+        for module in root.modules()
+    )
 
 
 class Entry:
@@ -99,8 +155,7 @@ class Entry:
 
     def is_open(self) -> bool:
         """Whether the unit is the one that ran last, on this very stream."""
-        walker = self.walker
-        return walker.current is self.unit and walker.stream_key() == walker.stream
+        return bool(self.walker.stream_key() == self.unit.open_on)
 
     def enter(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Has the unit resident; gives the arguments back on its device.
@@ -109,7 +164,7 @@ class Entry:
         """
         if not self.is_live:
             return args, kwargs
-        self.walker.enter(self.unit)
+        self.walker.enter(self.unit, _elements([args, kwargs]))
         return to_device(args, self.device), to_device(kwargs, self.device)
 
     def close(self) -> None:
@@ -131,7 +186,7 @@ class Door(Entry):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         walker = self.walker
         if walker.at_door is not self.unit or walker.stream_key() != walker.stream:
-            walker.enter(self.unit, by_door=True)
+            walker.enter(self.unit, 0, by_door=True)
         walker.inside.append((module, _all_on_host([args, kwargs])))
         return to_device(args, self.device), to_device(kwargs, self.device)
 
@@ -174,9 +229,10 @@ class MethodEntry:
         functools.update_wrapper(self, self._bare)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._entry.is_open():
-            args, kwargs = self._entry.enter(args, kwargs)
-        return self._bare(*args, **kwargs)
+        if self._entry.is_open():
+            return self._bare(*args, **kwargs)
+        args, kwargs = self._entry.enter(args, kwargs)
+        return self._entry.walker.run(self._entry.unit, self._bare, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self._module))
@@ -196,12 +252,10 @@ class Gate(MethodEntry):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         walker = self._walker
-        if torch.compiler.is_compiling() or (
-            walker.current is self._unit and walker.stream_key() == walker.stream
-        ):
+        if torch.compiler.is_compiling() or walker.stream_key() == self._unit.open_on:
             return self._bare(*args, **kwargs)
         args, kwargs = self._entry.enter(args, kwargs)
-        return self._bare(*args, **kwargs)
+        return walker.run(self._unit, self._bare, args, kwargs)
 
 
 class ApplyWatch(MethodEntry):
@@ -378,6 +432,17 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple, Mapping)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item)
+
+
+def _elements(value: Any) -> int:
+    """Elements in all tensors of ``value``."""
+    return sum(tensor.numel() for tensor in _tensors(value))
+
+
+def nbytes_on(value: Any, device: torch.device) -> int:
+    """Bytes of device memory that the tensors in ``value`` keep alive."""
+    storages = (t.untyped_storage() for t in _tensors(value) if t.device == device)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def to_device(value: Any, device: torch.device) -> Any:

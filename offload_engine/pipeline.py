@@ -9,6 +9,7 @@ to the end of its call, also by an exception, and also the nine classes that nev
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -17,9 +18,9 @@ import torch
 from torch import nn
 
 from . import sequence
-from .errors import ComponentError
+from .errors import ComponentError, PlanError
 from .hooks import HfHook, Undo
-from .segments import opaque_classes
+from .segments import opaque_classes, scan
 from .sequence import Sequence
 
 ENGINE = "_offload_engine"  # the attribute of an attached pipeline that holds its engine
@@ -29,9 +30,9 @@ _STATE = (ENGINE, "_all_hooks", "_offload_device", "_offload_gpu_id")
 class Callee(Protocol):
     """What an attached pipeline calls (engine.Engine)."""
 
-    def begin_call(self) -> None: ...
+    def begin_call(self, steps: int | None) -> None: ...
 
-    def end_call(self, error: BaseException | None) -> None: ...
+    def end_call(self, error: BaseException | None, result: Any = None) -> None: ...
 
     def free(self) -> None: ...
 
@@ -172,6 +173,15 @@ class Pipeline:
                 names=stuck,
             )
 
+    def check_fits(self, seq: Sequence, budget_nbytes: int) -> None:
+        """Raises PlanError for a component that is larger than the budget."""
+        stay = self.excluded(seq)
+        parts = {n: m for n, m in self.modules.items() if n not in stay}
+        sizes = {name: sum(t.nbytes for t in scan([m]).tensors) for name, m in parts.items()}
+        if sizes and max(sizes.values()) > budget_nbytes:
+            name = max(sizes, key=lambda each: sizes[each])
+            raise PlanError(list(sizes).index(name), (name,), sizes[name], budget_nbytes)
+
     def remove_foreign_hooks(self) -> None:
         """Takes accelerate's hooks off, as enable_model_cpu_offload does first."""
         foreign = {k: m for k, m in self.modules.items() if _has_foreign_hook(m)}
@@ -262,15 +272,33 @@ def _call(original: Any) -> Any:
         if _offload_call_of is None:
             return original.__call__(self, *args, **kwargs)
         try:
-            _offload_call_of.begin_call()
+            _offload_call_of.begin_call(_steps(original, self, args, kwargs))
             result = original.__call__(self, *args, **kwargs)
         except BaseException as error:
             _offload_call_of.end_call(error)
             raise
-        _offload_call_of.end_call(None)
+        _offload_call_of.end_call(None, result)
         return result
 
     return _offloaded_call
+
+
+def _steps(original: Any, pipe: Any, args: Any, kwargs: Any) -> int | None:
+    """The denoising steps that a call asks for, or by default takes; None where it has none."""
+    steps = kwargs.get("num_inference_steps")
+    if steps is None:
+        try:
+            bound = _signature(original).bind_partial(pipe, *args, **kwargs)
+        except (TypeError, ValueError):
+            return None
+        bound.apply_defaults()
+        steps = bound.arguments.get("num_inference_steps")
+    return steps if isinstance(steps, int) and steps > 0 else None
+
+
+@functools.cache
+def _signature(original: Any) -> inspect.Signature:
+    return inspect.signature(original.__call__)
 
 
 def _maybe_free_model_hooks(original: Any) -> Any:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .measure import Mark
+from .plan import Plan
 from .residency import Event, Unit
 from .sequence import Sequence
 from .transfers import elapsed_seconds
@@ -41,10 +44,21 @@ class Report:
     peak_nbytes: int
     peak_is_exact: bool
     events: tuple[dict[str, Any], ...]
+    seconds: float = 0.0  # from the first use to the end of the call; device time
+    predicted_seconds: float | None = None  # by the plan that led the call; None: it had none
+    bound_seconds: float | None = None  # no schedule within the budget is faster
+    budget_nbytes: int | None = None  # of that plan
+
+    @property
+    def efficiency(self) -> float | None:
+        """``bound_seconds / seconds``: 1.0 is as fast as the budget and the link allow."""
+        if self.bound_seconds is None or not self.seconds:
+            return None
+        return self.bound_seconds / self.seconds
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, ready for JSON."""
-        return asdict(self)
+        return {**asdict(self), "efficiency": self.efficiency}
 
     def __str__(self) -> str:
         rows = [_HEAD, *(_row(name, c) for name, c in self.components.items()), self._total()]
@@ -53,7 +67,16 @@ class Report:
         lines.insert(1, "-" * len(lines[0]))
         bound = "" if self.peak_is_exact else "at most "
         peak = f"peak {bound}{format_nbytes(self.peak_nbytes)}" if self.peak_nbytes else "no peak"
-        return "\n".join([f"{self.sequence} on {self.device}, {peak}", *lines])
+        return "\n".join([f"{self.sequence} on {self.device}, {peak}", *lines, *self._times()])
+
+    def _times(self) -> list[str]:
+        if self.predicted_seconds is None or self.bound_seconds is None or not self.seconds:
+            return [f"{self.seconds:.4f} s, without a plan"] if self.seconds else []
+        return [
+            f"{self.seconds:.4f} s measured, {self.predicted_seconds:.4f} s predicted, "
+            f"{self.bound_seconds:.4f} s at best within {format_nbytes(self.budget_nbytes or 0)}: "
+            f"efficiency {self.efficiency:.1%}"
+        ]
 
     def print(self) -> None:
         """Prints the table."""
@@ -131,13 +154,19 @@ def build_report(
     sequence: Sequence,
     peak_before_nbytes: int,
     peak_nbytes: int,
+    marks: Seq[Mark] = (),
+    seconds: float = 0.0,
+    plan: Plan | None = None,
 ) -> Report:
     """The report of the events in ``log``; ``units`` maps component names to what moved them.
 
-    Waits for the fetches in the log, to time them.
+    ``marks``: the uses as they were measured; ``seconds``: of the last call; ``plan``: what led
+    it. Waits for the fetches in the log, to time them.
     """
-    seconds = {id(e): elapsed_seconds(e.fetch.began, e.fetch.ready) for e in log if e.fetch}
-    stalls = {id(e): elapsed_seconds(e.fetch.stalled, e.fetch.resumed) for e in log if e.fetch}
+    copies = {id(e): elapsed_seconds(e.fetch.began, e.fetch.ready) for e in log if e.fetch}
+    stalls: dict[str, float] = {}
+    for mark in marks:
+        stalls[mark.unit] = stalls.get(mark.unit, 0.0) + mark.stall_seconds
     components = {}
     for name, unit in units.items():
         mine = [event for event in log if event.unit == unit.name]
@@ -148,8 +177,8 @@ def build_report(
             uses=sum(event.kind == "use" for event in mine),
             fetches=len(fetches),
             fetched_nbytes=sum(event.nbytes for event in fetches),
-            fetch_seconds=sum(seconds[id(event)] for event in fetches),
-            stall_seconds=sum(stalls[id(event)] for event in fetches),
+            fetch_seconds=sum(copies[id(event)] for event in fetches),
+            stall_seconds=stalls.get(unit.name, 0.0),
             write_back_nbytes=sum(e.nbytes for e in mine if e.kind == "write_back"),
         )
     first = log[0].at_seconds if log else 0.0
@@ -160,7 +189,7 @@ def build_report(
             "nbytes": event.nbytes,
             "at_seconds": event.at_seconds - first,
             "allocated_nbytes": event.allocated_nbytes,
-            "seconds": seconds.get(id(event), 0.0),
+            "seconds": copies.get(id(event), 0.0),
         }
         for event in log
     )
@@ -171,6 +200,10 @@ def build_report(
         peak_nbytes=peak_nbytes,
         peak_is_exact=peak_nbytes > peak_before_nbytes,
         events=events,
+        seconds=seconds,
+        predicted_seconds=plan.seconds if plan is not None else None,
+        bound_seconds=plan.bound_seconds if plan is not None else None,
+        budget_nbytes=plan.budget_nbytes if plan is not None else None,
     )
 
 

@@ -1,19 +1,21 @@
 """The state of each unit, what changed in it, and the log of what moved.
 
 A unit is what moves as one: a component, or several that share weights. `Residency` holds the
-units of the pipelines that share modules on one device, and is told what may stay: it decides
-nothing.
+units of the pipelines that share modules, or a budget, on one device. It is told what to release
+and what to fetch (guide.py): it decides nothing.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
 import itertools
 import operator
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,18 +23,20 @@ from torch import Tensor, nn
 
 from . import slots
 from . import watch as watch_room
+from .guide import Move
 from .host_store import Block, HostStore, trim
 from .segments import Scan, TypedFlat, View, Wrapper, inner_tensors, layout, rebuild, scan, stack
 from .transfers import Fetch, Link
-from .watch import same_content, unwatch, watch
+from .watch import is_touched, same_content, unwatch, watch
 
 
 class State(enum.Enum):
     """Where the weights of a unit are, and who owns their memory."""
 
     HOST = "host"  # in the masters, owned by the host store; no device memory
-    LOADING = "loading"  # on the way: tensors may point to either side
+    LOADING = "loading"  # copies on their way into the slot; the tensors still are the masters
     RESIDENT = "resident"  # in the slot, owned by the unit; the masters are kept
+    UNSETTLED = "unsettled"  # half way: tensors may point to either side, until `to_host`
 
 
 class Event(NamedTuple):
@@ -55,6 +59,7 @@ class Doors(Protocol):
 
 
 _LOG_LENGTH = 10_000  # events; a call has some tens
+CLOSED = object()
 OnCopy = Callable[[str, int], None]  # kind, nbytes
 
 
@@ -111,6 +116,7 @@ class _Snapshot:
         self._host_pointers = [weight.host_pointer for weight in self.weights]
         self.touches = -1  # of all watched tensors, when these were fetched
         inference = any(weight.view.inference for weight in self.weights)
+        self.counts_versions = not inference
         self._is_exact = not (inference or found.wrappers or found.subclasses)
 
     def _current_members(self) -> list[Any]:
@@ -127,16 +133,30 @@ class _Snapshot:
             and self._same_members()
         )
 
+    def all_on_host_unchanged(self) -> bool:
+        """`all_on_host`, and never written nor taken by somebody who could have: all are watched
+        since their copies were queued."""
+        return self._untouched() and self.all_on_host()
+
+    def all_on_device(self) -> bool:
+        """Whether the modules hold these tensors and no others, each in the slot."""
+        return (
+            self._is_exact
+            and list(map(Tensor.data_ptr, self._tensors))
+            == list(map(_device_pointer, self.weights))
+            and self._same_members()
+        )
+
     def all_on_device_unchanged(self) -> bool:
-        """Whether the modules hold these tensors and no others, each in the slot and never
-        written, nor taken by somebody who could have, nor given another shape: all are watched."""
+        """`all_on_device`, and never written, nor taken by somebody who could have, nor given
+        another shape: all are watched."""
+        return self._untouched() and self.all_on_device()
+
+    def _untouched(self) -> bool:
         return (
             self._is_exact
             and self.touches == watch_room.touches
-            and list(map(Tensor.data_ptr, self._tensors))
-            == list(map(_device_pointer, self.weights))
             and list(map(_version, self._tensors)) == list(map(_version_at_fetch, self.weights))
-            and self._same_members()
         )
 
     def _same_members(self) -> bool:
@@ -160,6 +180,7 @@ class Unit:
         self.modules: tuple[nn.Module, ...] = tuple(modules)
         self.state = State.HOST
         self.stale = False  # moved by the user while resident: look again before the next use
+        self.open_on: Any = CLOSED  # the key of the stream on which it may run unasked (hooks.py)
         self.doors: Doors | None = None
         self.fetch: Fetch | None = None
         self._store = store
@@ -193,7 +214,7 @@ class Unit:
         if self.fetch is not None:
             assert link is not None
             link.join(self.fetch)
-        before, self.state = self.state, State.LOADING  # until all is settled
+        before, self.state = self.state, State.UNSETTLED
         self._settle_all(before, link, on_copy)
         if self.fetch is not None:
             self.fetch.flat = None
@@ -205,6 +226,10 @@ class Unit:
     def _settle_all(self, before: State, link: Link | None, on_copy: OnCopy) -> None:
         snapshot = self._snapshot
         if snapshot.weights and before is State.HOST and snapshot.all_on_host():
+            return
+        if before is State.LOADING and snapshot.all_on_host():
+            for weight in snapshot.weights:
+                unwatch(weight.tensor)
             return
         if before is State.RESIDENT and snapshot.all_on_device_unchanged():
             for weight in snapshot.weights:
@@ -290,20 +315,81 @@ class Unit:
 
     # ---- to the device
 
-    def to_resident(self, link: Link, on_copy: OnCopy, make_room: Callable[[], None]) -> None:
-        """Fetches the weights; the current stream waits for them, the host does not."""
+    def start(self, link: Link, on_copy: OnCopy, make_room: Callable[[], None] | None) -> None:
+        """Lends a slot and queues the copies into it; the weights stay the masters until `land`.
+
+        ``make_room``: as in `slots.lend`.
+        """
         assert self.state is State.HOST, f"{self.name} is in state {self.state.value}"
         self._settle_all(State.HOST, link, on_copy)
-        self.state = State.LOADING
+        self.state = State.UNSETTLED
         nbytes, starts = stack(block.nbytes for block in self._blocks)
         flat = slots.lend(self.name, nbytes, link.device, make_room)
         self.fetch = Fetch(flat, link.current_stream())
+        for weight in self._weights.values():
+            if not weight.view.inference:
+                weight.version = weight.tensor._version
+            watch(weight.tensor)
+        self._snapshot.touches = watch_room.touches
         link.start(flat, list(zip(self._blocks, starts, strict=True)), self.fetch)
+        self.state = State.LOADING
+
+    def is_as_started(self) -> bool:
+        """Whether no weight was written or replaced since `start` queued its copy."""
+        assert self.state is State.LOADING
+        if not self._snapshot.counts_versions:
+            return True  # never started early
+        return self._snapshot.all_on_host_unchanged() or self._looks_as_started()
+
+    def _looks_as_started(self) -> bool:
+        """The full look behind `is_as_started`."""
+        found = scan(self.modules)
+        inner = [tensor for wrapper in found.wrappers for _, tensor in wrapper.inner]
+        tensors = found.tensors + inner
+        if {id(tensor) for tensor in tensors} != set(self._weights):
+            return False
+        return all(
+            weight.tensor.data_ptr() == weight.host_pointer
+            and weight.fits(weight.tensor)
+            and weight.tensor._version == weight.version
+            and not is_touched(weight.tensor)
+            for weight in self._weights.values()
+        )
+
+    def land(self, link: Link) -> None:
+        """Has the weights in the slot; the current stream waits for them, the host does not."""
+        assert self.state is State.LOADING, f"{self.name} is in state {self.state.value}"
+        assert self.fetch is not None and self.fetch.flat is not None
+        self.state = State.UNSETTLED
         link.wait(self.fetch)
+        _, starts = stack(block.nbytes for block in self._blocks)
         start_of = {id(block): start for block, start in zip(self._blocks, starts, strict=True)}
         with torch.inference_mode(False), torch.no_grad():
-            self._point_to(TypedFlat(flat), start_of)
+            self._point_to(TypedFlat(self.fetch.flat), start_of)
         self.state = State.RESIDENT
+
+    @property
+    def can_start_early(self) -> bool:
+        """Whether a change between `start` and `land` would be noticed."""
+        return self._snapshot.counts_versions
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the modules hold the weights in the slot and no others."""
+        if self.state is not State.RESIDENT or self.stale:
+            return False
+        return self._snapshot.all_on_device() or self._looks_whole()
+
+    def _looks_whole(self) -> bool:
+        """The full look behind `is_whole`."""
+        found = scan(self.modules)
+        inner = {id(tensor) for twin in self._twins for _, tensor in twin.wrapper.inner}
+        plain = [weight for key, weight in self._weights.items() if key not in inner]
+        return (
+            {id(weight.tensor) for weight in plain} == {id(tensor) for tensor in found.tensors}
+            and {id(t.on_device) for t in self._twins} == {id(w.outer) for w in found.wrappers}
+            and all(weight.tensor.data_ptr() == weight.device_pointer for weight in plain)
+        )
 
     def _point_to(self, flat: TypedFlat, start_of: dict[int, int]) -> None:
         wrapped = self._wrap(flat, start_of) if self._found.wrappers else ()
@@ -428,7 +514,8 @@ def new_log() -> deque[Event]:
 
 
 class Residency:
-    """The units of the pipelines that share modules on one device, and what happened to them."""
+    """The units of the pipelines that share modules or a budget on one device, and what happened
+    to them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -436,49 +523,103 @@ class Residency:
         self.units: dict[str, Unit] = {}
         self.log = new_log()
         self.lock = threading.RLock()
+        self.busy = False  # a call is under way
+        _residencies.add(self)
 
     @property
     def resident(self) -> list[Unit]:
         """Units with weights on the device now, or on their way there or back."""
         return [unit for unit in self.units.values() if unit.state is not State.HOST]
 
-    def enter(self, unit: Unit, keep: Collection[str]) -> None:
-        """Releases what is not in ``keep``, then has ``unit`` resident on the current stream.
-
-        Whatever is raised, every unit is left in the state HOST or RESIDENT, or is brought back
-        by the next call.
-        """
+    def settle(self, unit: Unit | None = None) -> None:
+        """Releases what was interrupted half way, and ``unit`` if its weights were moved."""
         for other in self.resident:
-            if other is not unit and (other.name not in keep or other.state is State.LOADING):
+            if other.state is State.UNSETTLED or (other is unit and other.stale):
                 self.release(other)
-        if unit.state is State.LOADING or unit.stale:
-            self.release(unit)
-        if unit.state is State.RESIDENT:
-            self._wait(unit)
+
+    def settle_all(self, units: Iterable[Unit]) -> None:
+        """Releases those of ``units`` whose weights changed places since the last call."""
+        for unit in units:
+            if unit.state is State.UNSETTLED or (
+                self.link is not None and unit.state is State.RESIDENT and not unit.is_whole
+            ):
+                self.release(unit)
+
+    def enter(self, unit: Unit, move: Move) -> bool:
+        """Carries out ``move``, then has ``unit`` resident on the current stream.
+
+        True if that stream waits for the weights here. Whatever is raised, every unit is left in a
+        state that the next call can go on from.
+        """
+        for name in move.release:
+            self.release(self.units[name])
+        for name in move.fetch:
+            self._start(self.units[name], unit)
+        late = unit.state is not State.RESIDENT
+        if late:
+            self._land(unit)
         else:
-            self._fetch(unit)
+            late = self._wait(unit)
         self.note("use", unit, 0)
+        return late
 
-    def _wait(self, unit: Unit) -> None:
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Starts fetches that nobody waits for yet, as far as there is memory."""
+        for name in names:
+            self._start(self.units[name], None)
+
+    def _wait(self, unit: Unit) -> bool:
+        """True if the current stream had not waited for the weights before."""
         link, fetch = self.link, unit.fetch
-        if link is not None and fetch is not None and link.current_stream() not in fetch.users:
-            link.wait(fetch)
+        if link is None or fetch is None or link.current_stream() in fetch.users:
+            return False
+        link.wait(fetch)
+        return True
 
-    def _fetch(self, unit: Unit) -> None:
-        if self.link is None:
+    def _start(self, unit: Unit, entered: Unit | None) -> None:
+        """Starts to fetch ``unit``, if only for later than ``entered`` then as it is possible."""
+        if unit.state is not State.HOST or (unit is not entered and not unit.can_start_early):
+            return
+        link = self.link
+        if link is None:
             unit.state = State.RESIDENT
             return
+        make_room = functools.partial(self._make_room, unit) if unit is entered else None
         try:
-            unit.to_resident(self.link, self._copied(unit), lambda: self._make_room(unit))
+            unit.start(link, self._copied(unit), make_room)
+        except BaseException as error:
+            unit.to_host(link, self._copied(unit))
+            if unit is entered or not isinstance(error, torch.OutOfMemoryError):
+                raise
+            return
+        self.note("fetch", unit, unit.nbytes, unit.fetch)
+
+    def _land(self, unit: Unit) -> None:
+        if unit.state is State.LOADING and not unit.is_as_started():
+            self.release(unit)
+        self._start(unit, unit)
+        if self.link is None:
+            return
+        try:
+            unit.land(self.link)
         except BaseException:
             unit.to_host(self.link, self._copied(unit))
             raise
-        self.note("fetch", unit, unit.nbytes, unit.fetch)
 
     def _make_room(self, unit: Unit) -> None:
         for other in self.resident:
             if other is not unit:
                 self.release(other)
+        for idle in [r for r in _residencies if r is not self and r.device == self.device]:
+            idle.release_if_idle()
+
+    def release_if_idle(self) -> None:
+        """Releases every unit, unless a call is under way: what stayed after one is optional."""
+        if not self.busy and self.lock.acquire(blocking=False):
+            try:
+                self.release_all()
+            finally:
+                self.lock.release()
 
     def release(self, unit: Unit) -> None:
         """Gives the slot of ``unit`` back; its masters then hold its latest values."""
@@ -520,3 +661,6 @@ class Residency:
 
     def _copied(self, unit: Unit) -> OnCopy:
         return lambda kind, nbytes: self.note(kind, unit, nbytes)
+
+
+_residencies: weakref.WeakSet[Residency] = weakref.WeakSet()

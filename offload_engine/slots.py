@@ -7,6 +7,7 @@ back when its last reference does. Nothing here synchronises unless memory has r
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -55,15 +56,19 @@ def peak_nbytes(device: torch.device) -> int:
     return 0 if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
 
 
-def lend(name: str, nbytes: int, device: torch.device, make_room: Callable[[], None]) -> Tensor:
+def lend(
+    name: str, nbytes: int, device: torch.device, make_room: Callable[[], None] | None
+) -> Tensor:
     """A flat device buffer (uint8, 1-D) on the current stream.
 
     Out of memory: calls ``make_room``, gives torch's cache back, tries once more, then raises
-    OutOfDeviceMemory.
+    OutOfDeviceMemory. Without ``make_room`` it raises at once.
     """
     try:
         return _empty(nbytes, device)
     except torch.OutOfMemoryError:
+        if make_room is None:
+            raise
         _log.warning(
             "No room for %s (%s) on %s: releasing everything else.",
             name,
@@ -78,6 +83,26 @@ def lend(name: str, nbytes: int, device: torch.device, make_room: Callable[[], N
         raise OutOfDeviceMemory(name, nbytes, device) from error
 
 
+def lent_nbytes(device: torch.device) -> int:
+    """Bytes in all slots on ``device``, of whatever pipeline, that were not given back yet."""
+    return _lent.get(device, 0)
+
+
+def outside_nbytes(device: torch.device) -> int:
+    """Bytes allocated on ``device`` that are not in slots."""
+    return max(0, allocated_nbytes(device) - lent_nbytes(device))
+
+
+_lent: dict[torch.device, int] = {}
+
+
 def _empty(nbytes: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+        flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    _lent[device] = _lent.get(device, 0) + nbytes
+    weakref.finalize(flat.untyped_storage(), _take_back, device, nbytes)
+    return flat
+
+
+def _take_back(device: torch.device, nbytes: int) -> None:
+    _lent[device] -= nbytes

@@ -29,8 +29,6 @@ class Fetch:
         self.users: list[torch.Stream] = []  # streams that waited for it, the owner included
         self.began: torch.Event | None = None
         self.ready: torch.Event | None = None
-        self.stalled: torch.Event | None = None  # on the owner, right before it waited
-        self.resumed: torch.Event | None = None  # on the owner, right after
 
 
 class Link:
@@ -69,18 +67,17 @@ class Link:
         fetch.ready = ready
 
     def wait(self, fetch: Fetch) -> None:
-        """Makes the current stream wait for the copies; only the owner's wait is timed."""
+        """Makes the current stream wait for the copies."""
         assert fetch.ready is not None
         stream = self.current_stream()
-        if stream == fetch.owner and fetch.stalled is None:
-            fetch.stalled = torch.Event(device=self.device, enable_timing=True)
-            fetch.resumed = torch.Event(device=self.device, enable_timing=True)
-            fetch.stalled.record(stream)
-            self.order(stream, fetch.ready)
-            fetch.resumed.record(stream)
-        else:
-            self.order(stream, fetch.ready)
+        self.order(stream, fetch.ready)
         fetch.users.append(stream)
+
+    def mark(self) -> torch.Event:
+        """A timed event, recorded on the current stream."""
+        event = torch.Event(device=self.device, enable_timing=True)
+        event.record(self.current_stream())
+        return event
 
     def join(self, fetch: Fetch) -> None:
         """Orders the slot's owner and the current stream behind every use of the slot.

@@ -120,6 +120,11 @@ def unwatch(tensor: Tensor) -> bool:
     return tensor.__dict__.pop(_MARK, False)
 
 
+def is_touched(tensor: Tensor) -> bool:
+    """Whether somebody took the data of a watched ``tensor`` since the watch began."""
+    return bool(tensor.__dict__.get(_MARK, False))
+
+
 def _plain(tensor: Any) -> Tensor:
     return _BASE.detach(tensor)
 

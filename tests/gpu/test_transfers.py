@@ -1,5 +1,6 @@
 """Streams, pinned masters, write-back: what only a real GPU does for real."""
 
+import gc
 import time
 
 import pytest
@@ -46,10 +47,27 @@ def test_masters_are_pinned_at_their_exact_size_and_not_after_detach(pipe, x, de
 def test_torchs_own_pinned_memory_which_rounds_up_is_not_used(pipe, device, real):
     if not real:
         pytest.skip("only CUDA masters are registered")
-    before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+
+    def allocated_by_torch():
+        return torch.cuda.host_memory_stats().get("allocated_bytes.current")
+
+    before = allocated_by_torch()
     engine = offload_engine.attach(pipe, device=device)
-    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] == before
+    assert allocated_by_torch() == before
     engine.detach()
+
+
+def test_a_pipeline_that_is_dropped_while_attached_gives_its_pinned_memory_back(device):
+    gc.collect()
+    before = HostStore.pinned_nbytes, allocated()
+    modules = {"a": Part(32), "b": Part(32)}
+    engine = offload_engine.attach(modules, "a->b", device=device)
+    with torch.no_grad():
+        modules["a"](torch.zeros(1, WIDTH, device=device))
+    assert HostStore.pinned_nbytes > before[0]
+    del modules, engine
+    gc.collect()
+    assert (HostStore.pinned_nbytes, allocated()) == before
 
 
 def test_attaching_does_not_double_host_memory(device):
@@ -94,7 +112,7 @@ def test_a_fetch_is_timed_and_its_bandwidth_is_plausible(pipe, x, device):
         part = engine.report().components[name]
         assert part.fetched_nbytes >= getattr(pipe, name).nbytes
         assert 1e9 < part.fetched_nbytes / part.fetch_seconds < 1e12
-        assert 0 < part.stall_seconds < 60
+        assert 0 <= part.stall_seconds < 60
 
 
 def test_a_second_compute_stream_gets_the_weights_too(pipe, x, device):

@@ -15,6 +15,7 @@ from torch import nn
 
 import offload_engine
 from offload_engine import hooks, residency, sim, transfers
+from offload_engine.guide import Move
 from offload_engine.segments import View
 
 
@@ -136,7 +137,7 @@ def test_masters_freed_while_a_copy_reads_them_are_caught(engine, modules, x, mo
 
     def provoke():
         unit = engine._mounts["unet"].unit
-        engine._residency._fetch(unit)
+        engine._residency.enter(unit, Move((), (unit.name,)))
         engine.detach()
         gc.collect()
 
@@ -146,7 +147,7 @@ def test_masters_freed_while_a_copy_reads_them_are_caught(engine, modules, x, mo
 def test_a_master_written_while_a_copy_reads_it_is_caught(engine, modules, x, monkeypatch):
     def provoke():
         unit = engine._mounts["unet"].unit
-        engine._residency._fetch(unit)
+        engine._residency.enter(unit, Move((), (unit.name,)))
         weight = next(iter(unit._weights.values()))
         weight.host.fill_(3.0)
         torch.accelerator.synchronize()

@@ -132,8 +132,7 @@ def test_a_loop_is_recognised_in_the_first_call_and_free_from_the_second(pipe, m
     assert extra <= (4 if len(set(order.split())) < 5 else 6)  # 2 for each in the loop
     for seen, fetched in later:
         assert fetched == once
-        alternating = order == LOOPS["a callback that decodes"]
-        assert seen[-1] == ("vae", {"transformer", "vae"} if alternating else {"vae"})
+        assert seen[-1] == ("vae", {"vae"})
 
 
 def test_a_plus_in_the_sequence_spares_the_first_call_its_extra_fetches(pipe, meter):

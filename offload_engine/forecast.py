@@ -1,0 +1,177 @@
+"""What the next call will do and cost, from what the last ones did and cost. Pure, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from statistics import median
+from typing import NamedTuple
+
+from .plan import Plan, Use, build_plan
+from .sequence import Pattern
+
+_AS_BEFORE = 0.02  # seconds that differ by less than this part of the call need no new plan
+
+
+class Observed(NamedTuple):
+    """One use, as it was measured."""
+
+    unit: str
+    seconds: float
+    workspace_nbytes: int  # exact or an upper bound
+    is_exact: bool
+    work: int  # elements in its arguments
+    forwards: int
+
+
+class Cost(NamedTuple):
+    """What all uses at one place of the pattern have in common."""
+
+    seconds: float  # the median
+    workspace_nbytes: int
+    is_exact: bool
+    work: int
+    forwards: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The pattern of a call with ``steps`` denoising steps, and what each place of it costs."""
+
+    pattern: Pattern
+    steps: int | None
+    costs: tuple[Cost, ...]  # by leaf of the pattern
+
+    @classmethod
+    def of(cls, observed: Seq[Observed], steps: int | None) -> Forecast:
+        """What one call showed."""
+        pattern = Pattern.of([use.unit for use in observed])
+        return cls(pattern, steps, _costs(pattern, observed))
+
+    def updated(self, observed: Seq[Observed], steps: int | None) -> Forecast:
+        """This forecast with another call taken in.
+
+        A pattern that explains the call is kept: a call with one step shows no loop. A workspace
+        that is known for as much work is kept where the new one is a mere bound and no better.
+        """
+        pattern = self._pattern_for(steps)
+        if pattern.trace != [use.unit for use in observed]:
+            fresh = Forecast.of(observed, steps)
+            known, names = self.known_workspaces(), fresh.pattern.names
+            before = [known.get(name, (-1, 0)) for name in names]
+        else:
+            costs = _costs(pattern, observed)
+            if steps and self.steps and steps != self.steps and pattern == self.pattern:
+                costs = tuple(_for_steps(cost, steps, self.steps) for cost in costs)
+            fresh = Forecast(self.pattern, self.steps, costs)
+            before = [(cost.work, cost.workspace_nbytes) for cost in self.costs]
+        costs = tuple(_kept(cost, *known) for cost, known in zip(fresh.costs, before, strict=True))
+        return Forecast(fresh.pattern, fresh.steps, costs)
+
+    def known_workspaces(self) -> dict[str, tuple[int, int]]:
+        """For each unit, the work and the workspace of its largest use."""
+        found: dict[str, tuple[int, int]] = {}
+        for name, cost in zip(self.pattern.names, self.costs, strict=True):
+            here = (cost.work, cost.workspace_nbytes)
+            found[name] = max(found.get(name, here), here)
+        return found
+
+    def is_like(self, other: Forecast) -> bool:
+        """Whether a plan made for ``other`` serves this one as well."""
+        if (self.pattern, self.steps) != (other.pattern, other.steps):
+            return False
+        leaves = self.pattern.leaves
+        total = sum(self.costs[leaf].seconds for leaf in leaves)
+        change = sum(abs(self.costs[leaf].seconds - other.costs[leaf].seconds) for leaf in leaves)
+        return change <= _AS_BEFORE * total and all(
+            mine.workspace_nbytes == others.workspace_nbytes and mine.work == others.work
+            for mine, others in zip(self.costs, other.costs, strict=True)
+        )
+
+    def expect(self, steps: int | None) -> Expected:
+        """What a call with ``steps`` denoising steps will do; None: as many as this one."""
+        pattern, costs = self._pattern_for(steps), self.costs
+        if steps and self.steps and steps != self.steps and pattern == self.pattern:
+            costs = tuple(_for_steps(cost, self.steps, steps) for cost in costs)
+        names, leaves = pattern.names, pattern.leaves
+        return Expected(tuple(names[n] for n in leaves), tuple(costs[n] for n in leaves))
+
+    def _pattern_for(self, steps: int | None) -> Pattern:
+        if not steps or not self.steps or steps == self.steps:
+            return self.pattern
+        return self.pattern.with_steps(self.steps, steps)
+
+
+class Expected(NamedTuple):
+    """The uses of a call to come."""
+
+    trace: tuple[str, ...]  # the unit that enters each use
+    costs: tuple[Cost, ...]
+
+    @property
+    def works(self) -> list[int]:
+        return [cost.work for cost in self.costs]
+
+    def plan(
+        self,
+        nbytes: Mapping[str, int],
+        *,
+        budget_nbytes: int,
+        bandwidth: float,
+        segments: Seq[str] = (),
+        cyclic: bool = False,
+    ) -> Plan:
+        """The plan for it; ``segments``: what to call the segment of each use, else its unit.
+
+        A workspace that is known by a bound alone, which is too high for the budget, is taken to
+        fill it: that use ran, so it needs no more. Raises PlanError where a use does not fit.
+        """
+        sizes: dict[str, int] = {}
+        uses = []
+        segments = segments or self.trace
+        for name, segment, cost in zip(self.trace, segments, self.costs, strict=True):
+            sizes[segment] = max(1, nbytes[name])
+            room = max(0, budget_nbytes - sizes[segment])
+            workspace = cost.workspace_nbytes if cost.is_exact else min(cost.workspace_nbytes, room)
+            uses.append(Use((segment,), cost.seconds, workspace))
+        return build_plan(
+            sizes, uses, budget_nbytes=budget_nbytes, bandwidth=bandwidth, cyclic=cyclic
+        )
+
+
+def _costs(pattern: Pattern, observed: Seq[Observed]) -> tuple[Cost, ...]:
+    groups: list[list[Observed]] = [[] for _ in pattern.names]
+    for leaf, use in zip(pattern.leaves, observed, strict=True):
+        groups[leaf].append(use)
+    return tuple(map(_cost, groups))
+
+
+def _cost(uses: Seq[Observed]) -> Cost:
+    exact = [use.workspace_nbytes for use in uses if use.is_exact]
+    return Cost(
+        seconds=median(use.seconds for use in uses),
+        # Their work is the same, so each bound holds for all of them.
+        workspace_nbytes=max(exact) if exact else min(use.workspace_nbytes for use in uses),
+        is_exact=bool(exact),
+        work=max(use.work for use in uses),
+        forwards=round(median(use.forwards for use in uses)),
+    )
+
+
+def _kept(cost: Cost, work: int, workspace_nbytes: int) -> Cost:
+    """``cost`` with the workspace that was known before for ``work``, if that says more."""
+    if cost.work > work or (cost.is_exact and cost.workspace_nbytes > workspace_nbytes):
+        return cost
+    if workspace_nbytes > cost.workspace_nbytes:
+        return cost._replace(work=work)
+    return cost._replace(work=work, workspace_nbytes=workspace_nbytes)
+
+
+def _for_steps(cost: Cost, before: int, now: int) -> Cost:
+    """``cost`` of a use that runs once per step, if it seems to be one."""
+    if not cost.forwards or cost.forwards % before:
+        return cost
+    return cost._replace(
+        seconds=cost.seconds * now / before, forwards=cost.forwards // before * now
+    )
