@@ -58,7 +58,7 @@ def _bandwidth(device: object, nbytes: int, pin: bool) -> float:
 
     from .host_store import HostStore
     from .slots import lend
-    from .transfers import Fetch, Link, elapsed_seconds
+    from .transfers import Fetch, Link
 
     assert isinstance(device, torch.device)
     store, link = HostStore(device, pin), Link(device)
@@ -69,9 +69,10 @@ def _bandwidth(device: object, nbytes: int, pin: bool) -> float:
     for _ in range(5):
         fetch = Fetch(lend("test copy", nbytes, device, lambda: None), link.current_stream())
         assert fetch.flat is not None
-        link.start(fetch.flat, [(block, 0)], fetch)
+        link.prepare(fetch, [(block, 0)])
+        link.queue(fetch)
         link.wait(fetch)
-        seconds = elapsed_seconds(fetch.began, fetch.ready)
+        seconds = fetch.seconds
         best = max(best, nbytes / seconds if seconds else 0.0)
         link.join(fetch)
         fetch.flat = None

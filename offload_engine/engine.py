@@ -22,7 +22,7 @@ from .host_store import HostStore
 from .measure import Meter
 from .pipeline import Pipeline, calls_on_stack, engine_of, is_bitsandbytes_8bit
 from .plan import Plan
-from .planner import Planner
+from .planner import Planner, opening
 from .report import Report, build_report
 from .residency import Event, Residency, State, Unit, new_log
 from .segments import sharing
@@ -377,16 +377,16 @@ class Engine:
             return
         residency = self._residency
         with residency.lock:
-            wanted = set(plan.resident)
-            missing = [name for name in plan.resident if name in residency.units]
-            missing = [n for n in missing if residency.units[n].state is State.HOST]
+            order, later_nbytes = opening(plan)
+            units = [residency.units[name] for name in order]
+            missing = [unit.name for unit in units if unit.state is State.HOST]
             if not missing:
                 return
             for unit in residency.resident:
-                if unit.name not in wanted:
+                if unit.name not in order:
                     residency.release(unit)
-            first = {s: -at for at, use in reversed([*enumerate(plan.uses)]) for s in use.segments}
-            residency.prefetch(sorted(missing, key=lambda name: -first.get(name, 0)))
+            nbytes = sum(residency.units[name].nbytes for name in missing)
+            residency.prefetch(missing, nbytes - later_nbytes)
 
     def _idle(self) -> None:
         """Outside of calls: components that the user runs by hand are followed just as well.

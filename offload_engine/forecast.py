@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from math import inf
 from statistics import median
 from typing import NamedTuple
 
@@ -60,13 +61,15 @@ class Forecast:
             fresh = Forecast.of(observed, steps)
             known, names = self.known_workspaces(), fresh.pattern.names
             before = [known.get(name, (-1, 0)) for name in names]
+            seconds = [inf] * len(names)
         else:
             costs = _costs(pattern, observed)
             if steps and self.steps and steps != self.steps and pattern == self.pattern:
                 costs = tuple(_for_steps(cost, steps, self.steps) for cost in costs)
             fresh = Forecast(self.pattern, self.steps, costs)
             before = [(cost.work, cost.workspace_nbytes) for cost in self.costs]
-        costs = tuple(_kept(cost, *known) for cost, known in zip(fresh.costs, before, strict=True))
+            seconds = [cost.seconds for cost in self.costs]
+        costs = tuple(map(_kept, fresh.costs, before, seconds))
         return Forecast(fresh.pattern, fresh.steps, costs)
 
     def known_workspaces(self) -> dict[str, tuple[int, int]]:
@@ -159,13 +162,17 @@ def _cost(uses: Seq[Observed]) -> Cost:
     )
 
 
-def _kept(cost: Cost, work: int, workspace_nbytes: int) -> Cost:
-    """``cost`` with the workspace that was known before for ``work``, if that says more."""
+def _kept(cost: Cost, known: tuple[int, int], seconds: float) -> Cost:
+    """``cost`` with what was ``known`` before (work, workspace), where that says more.
+
+    Of two times for as much work the shorter counts: the other has waited for something.
+    """
+    work, workspace_nbytes = known
+    if cost.work <= work:
+        cost = cost._replace(seconds=min(cost.seconds, seconds))
     if cost.work > work or (cost.is_exact and cost.workspace_nbytes > workspace_nbytes):
         return cost
-    if workspace_nbytes > cost.workspace_nbytes:
-        return cost._replace(work=work)
-    return cost._replace(work=work, workspace_nbytes=workspace_nbytes)
+    return cost._replace(work=work, workspace_nbytes=min(workspace_nbytes, cost.workspace_nbytes))
 
 
 def _for_steps(cost: Cost, before: int, now: int) -> Cost:

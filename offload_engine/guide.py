@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
+from math import inf
 from typing import NamedTuple, Protocol
 
 from .plan import Plan
@@ -21,6 +22,7 @@ class Move(NamedTuple):
 
     release: Seq[str]
     fetch: Seq[str]  # in this order; the unit that runs is among them, or is there
+    copy_nbytes: float = inf  # as much may be queued ahead of need ([Note: pacing], transfers.py)
 
 
 class Guide(Protocol):
@@ -140,7 +142,7 @@ class Planned:
         unit_of = {segment: unit for unit, segment in self._segment_of.items()}
         release = [unit_of.get(segment, segment) for segment in move.release]
         self._segment_of.update(zip(fetch, move.fetch, strict=True))
-        return Move(release, fetch)
+        return Move(release, fetch, move.copy_nbytes)
 
     def _enter(self, at: int, here: Mapping[str, int]) -> Move:
         """Before use ``at``, with segments ``here``."""
@@ -160,7 +162,7 @@ class Planned:
             rest.sort(key=lambda s: (s in target, s in nbytes, -self._targets.next_use(s, at)))
             kept = sum(here[s] for s in here if s in use.segments)
             release += _fit(rest, here, room - kept)
-        return Move(release, fetch)
+        return Move(release, fetch, use.seconds * self.plan.bandwidth)
 
     def wraps(self, name: str) -> bool:
         return False

@@ -14,7 +14,6 @@ from .measure import Meter
 from .plan import Plan
 from .residency import Event
 from .sequence import stages_of
-from .transfers import elapsed_seconds
 from .units import format_nbytes
 
 _log = logging.getLogger("offload_engine")
@@ -157,6 +156,15 @@ class Planner:
                 _log.warning("No plan for a budget of %s: %s", format_nbytes(budget), error)
 
 
+def opening(plan: Plan) -> tuple[list[str], float]:
+    """What a cyclic ``plan`` begins with, in the order of its fetches; and how many bytes of that
+    a steady cycle still has to copy when it begins."""
+    fetched = [name for step in plan.steps for name in step.fetch if name in plan.resident]
+    order = [name for name in plan.resident if name not in fetched] + [*dict.fromkeys(fetched)]
+    ends = [span.stop_seconds for span in plan.timeline if span.kind == "copy"]
+    return order, max(0.0, max(ends, default=0.0) - plan.seconds) * plan.bandwidth
+
+
 def _stretches(trace: Seq[str], nbytes: Mapping[str, int]) -> list[str]:
     """A name for each use in ``trace``: its unit and the number of its stage.
 
@@ -185,7 +193,7 @@ def _bandwidth(log: deque[Event]) -> float:
     nbytes, seconds = 0, 0.0
     for event in log:
         if event.fetch is not None:
-            took = elapsed_seconds(event.fetch.began, event.fetch.ready)
-            if took > 0:
+            took = event.fetch.seconds
+            if took > 0 and not event.fetch.to_queue:
                 nbytes, seconds = nbytes + event.nbytes, seconds + took
     return nbytes / seconds if seconds else 0.0

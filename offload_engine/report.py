@@ -15,7 +15,6 @@ from .measure import Mark
 from .plan import Plan
 from .residency import Event, Unit
 from .sequence import Sequence
-from .transfers import elapsed_seconds
 from .units import format_nbytes
 
 
@@ -163,7 +162,7 @@ def build_report(
     ``marks``: the uses as they were measured; ``seconds``: of the last call; ``plan``: what led
     it. Waits for the fetches in the log, to time them.
     """
-    copies = {id(e): elapsed_seconds(e.fetch.began, e.fetch.ready) for e in log if e.fetch}
+    copies = {id(e): e.fetch.seconds for e in log if e.fetch}
     stalls: dict[str, float] = {}
     for mark in marks:
         stalls[mark.unit] = stalls.get(mark.unit, 0.0) + mark.stall_seconds

@@ -316,7 +316,7 @@ class Unit:
     # ---- to the device
 
     def start(self, link: Link, on_copy: OnCopy, make_room: Callable[[], None] | None) -> None:
-        """Lends a slot and queues the copies into it; the weights stay the masters until `land`.
+        """Lends a slot, for `Link.queue` to copy into; the weights stay the masters until `land`.
 
         ``make_room``: as in `slots.lend`.
         """
@@ -331,11 +331,11 @@ class Unit:
                 weight.version = weight.tensor._version
             watch(weight.tensor)
         self._snapshot.touches = watch_room.touches
-        link.start(flat, list(zip(self._blocks, starts, strict=True)), self.fetch)
+        link.prepare(self.fetch, zip(self._blocks, starts, strict=True))
         self.state = State.LOADING
 
     def is_as_started(self) -> bool:
-        """Whether no weight was written or replaced since `start` queued its copy."""
+        """Whether no weight was written or replaced since `start`."""
         assert self.state is State.LOADING
         if not self._snapshot.counts_versions:
             return True  # never started early
@@ -361,6 +361,7 @@ class Unit:
         assert self.state is State.LOADING, f"{self.name} is in state {self.state.value}"
         assert self.fetch is not None and self.fetch.flat is not None
         self.state = State.UNSETTLED
+        link.queue(self.fetch)
         link.wait(self.fetch)
         _, starts = stack(block.nbytes for block in self._blocks)
         start_of = {id(block): start for block, start in zip(self._blocks, starts, strict=True)}
@@ -524,6 +525,7 @@ class Residency:
         self.log = new_log()
         self.lock = threading.RLock()
         self.busy = False  # a call is under way
+        self._started: deque[Fetch] = deque()  # with copies that may not be queued yet
         _residencies.add(self)
 
     @property
@@ -560,13 +562,25 @@ class Residency:
             self._land(unit)
         else:
             late = self._wait(unit)
+        self._queue(move.copy_nbytes)
         self.note("use", unit, 0)
         return late
 
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Starts fetches that nobody waits for yet, as far as there is memory."""
+    def prefetch(self, names: Iterable[str], nbytes: float) -> None:
+        """Fetches what nobody waits for yet, as far as there is memory; queues ``nbytes`` now."""
         for name in names:
             self._start(self.units[name], None)
+        self._queue(nbytes)
+
+    def _queue(self, nbytes: float) -> None:
+        """Queues copies of ``nbytes``, of the fetches that began first."""
+        while self._started and self.link is not None:
+            fetch = self._started[0]
+            if fetch.flat is not None and fetch.to_queue:
+                nbytes = self.link.queue(fetch, nbytes)
+            if fetch.flat is not None and fetch.to_queue:
+                return
+            self._started.popleft()
 
     def _wait(self, unit: Unit) -> bool:
         """True if the current stream had not waited for the weights before."""
@@ -592,6 +606,8 @@ class Residency:
             if unit is entered or not isinstance(error, torch.OutOfMemoryError):
                 raise
             return
+        assert unit.fetch is not None
+        self._started.append(unit.fetch)
         self.note("fetch", unit, unit.nbytes, unit.fetch)
 
     def _land(self, unit: Unit) -> None:

@@ -3,15 +3,23 @@
 [Note: stream protocol] The slot is allocated on the compute stream and ``granted`` recorded there
 right after: earlier work of that stream may still use the memory the allocator hands out. The
 copy stream waits for ``granted``, copies, records ``ready``. The compute stream waits for
-``ready``, then runs. When the slot is dropped, the stream it was allocated on must have waited
-for ``ready`` and for every other stream that used it; then the allocator may lend the memory
-anew on that stream without any ``record_stream``. The host never waits.
+``ready``, then runs. A fetch may be queued in parts, see [Note: pacing]. When the slot is dropped,
+the stream it was allocated on must have waited for ``ready`` and for every other stream that used
+it; then the allocator may lend the memory anew on that stream without any ``record_stream``. The
+host never waits.
+
+[Note: pacing] Copies in one direction are first come, first served: a prompt's few bytes, uploaded
+by the pipeline itself, wait behind every gigabyte that is queued ahead of need. So at each switch
+only as much is queued as the link can copy during the use that begins there. Then such an upload
+waits until about the end of that use, when what it is for could begin anyway.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,16 +27,25 @@ from torch import Tensor
 
 from .host_store import Block
 
+_LEAST_NBYTES = 2**12  # smaller copies are not worth their launch
+
 
 class Fetch:
-    """A slot and the copies on their way into it: a (buffer, event) pair with its streams."""
+    """A slot and the copies on their way into it, with its streams."""
 
     def __init__(self, flat: Tensor, owner: torch.Stream) -> None:
         self.flat: Tensor | None = flat
         self.owner = owner  # the stream that the slot was allocated on
         self.users: list[torch.Stream] = []  # streams that waited for it, the owner included
-        self.began: torch.Event | None = None
-        self.ready: torch.Event | None = None
+        self.granted: torch.Event | None = None
+        self.to_queue: deque[tuple[Block, int, int, int]] = deque()  # block, start, stop, target
+        self.spans: list[tuple[torch.Event, torch.Event]] = []  # around what was queued together
+        self.ready: torch.Event | None = None  # after the last copy
+
+    @property
+    def seconds(self) -> float:
+        """Time on the link; 0.0 where the device does not time. Waits for the copies."""
+        return sum(elapsed_seconds(began, ended) for began, ended in self.spans)
 
 
 class Link:
@@ -47,24 +64,43 @@ class Link:
         assert event is not None
         stream.wait_event(event)
 
-    def start(self, flat: Tensor, blocks: Sequence[tuple[Block, int]], fetch: Fetch) -> None:
-        """Queues the copy of each block to its offset in ``flat``; see [Note: stream protocol]."""
-        granted = torch.Event(device=self.device)
-        granted.record(fetch.owner)
-        fetch.began = torch.Event(device=self.device, enable_timing=True)
-        with self.copy_stream, torch.inference_mode(False), torch.no_grad():
-            self.order(self.copy_stream, granted)
-            fetch.began.record(self.copy_stream)
-            for block, offset in blocks:
-                for start, stop in block.pieces():
-                    target = flat[offset + start : offset + stop]
-                    target.copy_(block.flat[start:stop], non_blocking=True)
-        self._mark_ready(fetch)
+    def prepare(self, fetch: Fetch, blocks: Iterable[tuple[Block, int]]) -> None:
+        """Has ``fetch`` copy each block to its offset in the slot, once `queue` says so."""
+        fetch.granted = torch.Event(device=self.device)
+        fetch.granted.record(fetch.owner)
+        for block, offset in blocks:
+            fetch.to_queue.extend((block, start, stop, offset) for start, stop in block.pieces())
+        if not fetch.to_queue:
+            self.queue(fetch)
 
-    def _mark_ready(self, fetch: Fetch) -> None:
-        ready = torch.Event(device=self.device, enable_timing=True)
-        ready.record(self.copy_stream)
-        fetch.ready = ready
+    def queue(self, fetch: Fetch, nbytes: float = math.inf) -> float:
+        """Queues copies of at most ``nbytes``; gives what is left of them. See [Note: pacing]."""
+        if fetch.ready is not None or nbytes < min(_LEAST_NBYTES, _left_nbytes(fetch)):
+            return nbytes
+        assert fetch.flat is not None
+        began = torch.Event(device=self.device, enable_timing=True)
+        with self.copy_stream, torch.inference_mode(False), torch.no_grad():
+            if not fetch.spans:
+                self.order(self.copy_stream, fetch.granted)
+            began.record(self.copy_stream)
+            while fetch.to_queue and nbytes >= min(_LEAST_NBYTES, _left_nbytes(fetch)):
+                block, start, stop, target = fetch.to_queue[0]
+                part = stop - start if nbytes >= stop - start else int(nbytes)
+                piece = fetch.flat[target + start : target + start + part]
+                piece.copy_(block.flat[start : start + part], non_blocking=True)
+                nbytes -= part
+                fetch.to_queue[0] = (block, start + part, stop, target)
+                if start + part == stop:
+                    fetch.to_queue.popleft()
+        self._end_span(fetch, began)
+        return nbytes
+
+    def _end_span(self, fetch: Fetch, began: torch.Event) -> None:
+        ended = torch.Event(device=self.device, enable_timing=True)
+        ended.record(self.copy_stream)
+        fetch.spans.append((began, ended))
+        if not fetch.to_queue:
+            fetch.ready = ended
 
     def wait(self, fetch: Fetch) -> None:
         """Makes the current stream wait for the copies."""
@@ -84,8 +120,10 @@ class Link:
 
         After it the slot may be dropped, and what it holds may be read on the current stream.
         """
-        if fetch.ready is None:  # interrupted while its copies were being queued
-            self._mark_ready(fetch)
+        if fetch.ready is None:  # not all of it was queued
+            fetch.to_queue.clear()
+            fetch.ready = torch.Event(device=self.device)
+            fetch.ready.record(self.copy_stream)
         here = self.current_stream()
         for stream in {fetch.owner, here} if fetch.owner != here else {here}:
             if stream not in fetch.users:
@@ -98,8 +136,14 @@ class Link:
 
     def finish(self, fetch: Fetch) -> None:
         """Blocks the host until the copies have left host memory; mostly they have long."""
-        if fetch.ready is not None and not fetch.ready.query():
-            fetch.ready.synchronize()
+        last = fetch.ready or (fetch.spans[-1][1] if fetch.spans else None)
+        if last is not None and not last.query():
+            last.synchronize()
+
+
+def _left_nbytes(fetch: Fetch) -> int:
+    """Bytes of the piece that is to be queued next."""
+    return fetch.to_queue[0][2] - fetch.to_queue[0][1] if fetch.to_queue else 0
 
 
 def elapsed_seconds(start: torch.Event | None, end: torch.Event | None) -> float:
