@@ -122,6 +122,7 @@ class Planned:
         self._targets = _Targets(plan)
         self._unit_of = unit_of
         self._segment_of: dict[str, str] = {}  # of units in slots, where the names differ
+        self._deferred: dict[str, str] = {}  # units to be fetched anew once they are released
         self._last_use: dict[str, int] = {}
         if unit_of is not None:
             for at, use in enumerate(plan.uses):
@@ -137,12 +138,18 @@ class Planned:
         if self._unit_of is None:
             return self._enter(at, here)
         self._segment_of[name] = self.plan.uses[at].segments[0]
+        self._deferred.pop(name, None)
         move = self._enter(at, {self._segment_of.get(o, o): size for o, size in here.items()})
-        fetch = [self._unit_of[segment] for segment in move.fetch]
         unit_of = {segment: unit for unit, segment in self._segment_of.items()}
         release = [unit_of.get(segment, segment) for segment in move.release]
-        self._segment_of.update(zip(fetch, move.fetch, strict=True))
-        return Move(release, fetch, move.copy_nbytes)
+        fetch: dict[str, str] = {}
+        for segment in move.fetch:
+            unit = self._unit_of[segment]
+            stays = unit in fetch or (unit in here and unit not in release)
+            (self._deferred if stays else fetch)[unit] = segment
+        fetch |= {unit: self._deferred.pop(unit) for unit in release if unit in self._deferred}
+        self._segment_of |= fetch
+        return Move(release, list(fetch), move.copy_nbytes)
 
     def _enter(self, at: int, here: Mapping[str, int]) -> Move:
         """Before use ``at``, with segments ``here``."""

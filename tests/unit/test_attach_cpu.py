@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import offload_engine
-from offload_engine.errors import ComponentError, DeviceError, OffloadError, SequenceError
+from offload_engine.errors import ComponentError, DeviceError, OffloadError, PlanError, SequenceError
 
 
 def make():
@@ -53,7 +53,8 @@ def test_it_runs_records_and_detaches_without_a_trace():
         ({"seq": "a->b", "device": "cuda:3", "gpu_id": 0}, DeviceError, "Both gpu_id=0"),
         ({"seq": "a->b", "device": "nonsense"}, DeviceError, "is not a device"),
         ({"seq": "a->b", "device": None}, DeviceError, "device='cpu'.*simulated accelerator"),
-        ({"seq": "a->b", "vram": "8GiB"}, NotImplementedError, "vram"),
+        ({"seq": "a->b", "vram": "lots"}, OffloadError, "vram='lots'"),
+        ({"seq": "a->b", "vram": 16}, PlanError, "16 bytes"),
         ({"seq": "a->b", "pin": "lots"}, OffloadError, "pin='lots'"),
     ],
 )
@@ -89,10 +90,11 @@ def test_a_copy_and_a_pickle_of_a_component_are_free_of_the_engine():
     with offload_engine.attach(modules, "a->b", device="cpu"):
         expected = modules["b"](x)
         for other in (copy.deepcopy(modules["b"]), pickle.loads(pickle.dumps(modules["b"]))):
-            uses = offload_engine.engine._mount_of(modules["b"]).walker.cursor.trace.copy()
+            meter = offload_engine.engine._mount_of(modules["b"]).walker.meter
+            uses = len(meter.marks)
             assert torch.equal(other(x), expected)
             assert offload_engine.engine._mount_of(other) is None
-            assert offload_engine.engine._mount_of(modules["b"]).walker.cursor.trace == uses
+            assert len(meter.marks) == uses
 
 
 def test_attaching_again_replaces():
