@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import slots
+from .blocks import Block
 from .errors import ComponentError, DeviceError
 from .guide import Chain, Guide
 from .hooks import HfHook, Undo, Walker, install, nbytes_on, run_back
@@ -41,6 +44,7 @@ def attach(
     device: torch.device | str | None = None,
     gpu_id: int | None = None,
     vram: int | str | None = None,
+    blocks: Seq[str] | None = None,
     pin: str | bool | int = "auto",
 ) -> Engine:
     """Offloads the components of ``pipe``: on the device while they run, in host memory otherwise.
@@ -56,7 +60,9 @@ def attach(
     call. Or the bytes of device memory to use, weights and activations together, as a number, as
     text ("8GiB"), or "auto" for what is free now: the first call is careful and measures, the
     next ones follow a plan, and what is worth keeping stays between calls. Pipelines with a
-    ``vram`` on one device share it.
+    ``vram`` on one device share it. Where it does not hold everything, large components are
+    streamed block by block. Their blocks are found; ``blocks`` names them, for the components it
+    mentions: paths of lists of blocks or of single ones ("transformer.transformer_blocks").
 
     Attaches everything or nothing; attaching again replaces. Raises OffloadError (a ValueError):
     SequenceError, DeviceError, ComponentError, PlanError where a component is larger than ``vram``.
@@ -66,15 +72,14 @@ def attach(
     sequence = pipeline.sequence(seq)
     target = resolve_device(device, gpu_id, getattr(pipe, "_offload_gpu_id", None))
     budget_nbytes = _read_vram(vram, pipeline, target)
+    cuts = pipeline.cuts(sequence, budget_nbytes, blocks)
     store = HostStore(target, pin)
     pipeline.remove_foreign_hooks()
     pipeline.check_loaded(target)
-    if budget_nbytes is not None:
-        pipeline.check_fits(sequence, budget_nbytes)
     before = engine_of(pipe)
     if before is not None and not before.could_share(target, pin):
         before.detach()
-    return Engine(pipeline, sequence, target, store, pin, budget_nbytes, before)
+    return Engine(pipeline, sequence, target, store, pin, budget_nbytes, cuts, before)
 
 
 class Engine:
@@ -88,12 +93,14 @@ class Engine:
         store: HostStore,
         pin: Any,
         vram_nbytes: int | None,
+        blocks: dict[str, list[Block]],
         before: Engine | None,
     ) -> None:
         self._pipeline = pipeline
         self._sequence = sequence
         self._store = store
         self._pin = pin
+        self._blocks = blocks  # component -> what of it moves on its own
         self._walker = _walker_of_budget(device, vram_nbytes) or Walker(Residency(device))
         self._planner = Planner(vram_nbytes)
         self._mounts: dict[str, _Mount] = {}  # component name -> mount
@@ -149,8 +156,8 @@ class Engine:
     def resident(self) -> tuple[str, ...]:
         """Names of the components with weights on the device now; not those on their way."""
         here = set(self._placed)
-        on_device = [u for u in self._residency.resident if u.state is not State.LOADING]
-        here |= {name for name, mount in self._mounts.items() if mount.unit in on_device}
+        on_device = {u for u in self._residency.resident if u.state is not State.LOADING}
+        here |= {n for n, mount in self._mounts.items() if not on_device.isdisjoint(mount.units)}
         return tuple(name for name in self._pipeline.modules if name in here)
 
     @property
@@ -170,7 +177,7 @@ class Engine:
         last = [] if self._calls else list(self._meter.marks)
         return build_report(
             list(self._log),
-            {name: mount.unit for name, mount in self._mounts.items()},
+            {name: mount.units for name, mount in self._mounts.items()},
             device=self.device,
             sequence=self._sequence,
             marks=last + list(self._walker.meter.marks),
@@ -241,10 +248,10 @@ class Engine:
         if len(self._calls) == 1:
             self._log = residency.log = new_log()
         if self.vram_nbytes is not None:
-            residency.settle_all(mount.unit for mount in self._mounts.values())
+            residency.settle_all(self._units)
         walker.on_wrap, walker.meter = None, Meter(residency.link)
         walker.guide = self._planner.guide(
-            self._chain, self._nbytes(), steps, walker.meter, solo=self._solo
+            self._chain, self._units, steps, walker.meter, solo=self._solo
         )
 
     def end_call(self, error: BaseException | None, result: Any = None) -> None:
@@ -352,27 +359,34 @@ class Engine:
             for stage in self._sequence.stages
         )
         stages = tuple(stage for stage in stages if stage)
-        return Chain(Cursor(Sequence(stages), self._nbytes(), solo=self._solo))
+        nbytes = {unit.name: unit.nbytes for unit in self._units}
+        return Chain(Cursor(Sequence(stages), nbytes, solo=self._solo))
 
-    def _nbytes(self) -> dict[str, int]:
-        """Bytes of each unit of this pipeline."""
-        return {mount.unit.name: mount.unit.nbytes for mount in self._mounts.values()}
+    @property
+    def _units(self) -> list[Unit]:
+        """Every unit of this pipeline."""
+        return [unit for mount in dict.fromkeys(self._mounts.values()) for unit in mount.units]
 
     def _learn(self, guide: Guide, meter: Meter, log: deque[Event]) -> None:
         """Takes in what the call showed: the order of its uses, and what they cost."""
         if not meter.marks or meter.is_full:
             return
-        names = {mount.unit.name: name for name, mount in reversed(self._mounts.items())}
+        names = {
+            unit.name: name
+            for name, mount in reversed(self._mounts.items())
+            for unit in mount.units
+        }
         if not guide.is_still:  # such a call shows each unit once only
-            nbytes = {names[unit]: size for unit, size in self._nbytes().items()}
+            nbytes = {name: mount.nbytes for name, mount in self._mounts.items()}
             trace = [names[mark.unit] for mark in meter.marks if mark.unit in names]
-            self._sequence = learn(trace, nbytes)
+            switches = [name for name, _ in itertools.groupby(trace)]
+            self._sequence = learn(switches, nbytes)
         if not self._calls:
             self._planner.ended(guide, meter, log, frozenset(names))
 
     def _settle(self) -> None:
         """Has on the device what the plan for the next call begins with."""
-        plan = self._planner.prepare(self._nbytes(), self._meter.outside_nbytes)
+        plan = self._planner.prepare(self._units, self._meter.outside_nbytes)
         if plan is None:
             return
         residency = self._residency
@@ -396,7 +410,7 @@ class Engine:
         if not self._calls and self._attached:
             walker = self._walker
             walker.meter = Meter(self._residency.link, most_marks=_MARKS_BY_HAND)
-            walker.guide = self._planner.guide_by_hand(self._chain, self._nbytes(), walker.meter)
+            walker.guide = self._planner.guide_by_hand(self._chain, self._units, walker.meter)
             walker.on_wrap = self._idle
 
     def _mount_all(self, progress: bool) -> None:
@@ -451,7 +465,8 @@ class Engine:
         modules = tuple(dict.fromkeys(group.values()))
         held = next(iter(sharers), None)
         if held is None:
-            held = _Mount(self._new_unit(next(iter(group)), modules), self._walker)
+            name = next(iter(group))
+            held = _Mount(self._name(name), self._walker, self._store, self._blocks.get(name, ()))
         elif held.walker.residency.device != self.device:
             raise ComponentError(
                 f"{', '.join(group)} is already offloaded to {held.walker.residency.device} by "
@@ -464,9 +479,9 @@ class Engine:
         held.users.append(self)
         held.open(modules, on_copy)
 
-    def _new_unit(self, name: str, modules: tuple[nn.Module, ...]) -> Unit:
+    def _name(self, component: str) -> str:
         taken = self._residency.units
-        return Unit(next(n for n in _candidates(name) if n not in taken), modules, self._store)
+        return next(name for name in _candidates(component) if name not in taken)
 
     def _join(self, walker: Walker) -> None:
         """Shares the residency of another pipeline: one view of what is on the device."""
@@ -507,23 +522,58 @@ class _Before(NamedTuple):
 
 
 class _Mount:
-    """A unit with its entries on the modules, shared by every engine whose pipeline has them."""
+    """A component as one or more units with entries on its modules, shared by every engine whose
+    pipeline has it."""
 
-    def __init__(self, unit: Unit, walker: Walker) -> None:
-        self.unit = unit
+    def __init__(self, name: str, walker: Walker, store: HostStore, blocks: Seq[Block]) -> None:
+        """``blocks``: what of it moves on its own; only while it consists of one module."""
+        self.name = name
         self.walker = walker
         self.users: list[Engine] = []
+        self.units: list[Unit] = []  # the rest first
+        self._store = store
+        self._blocks = blocks
         self._undo: Undo = []
+
+    @property
+    def unit(self) -> Unit:
+        """What is outside of the blocks."""
+        return self.units[0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(unit.nbytes for unit in self.units)
 
     def open(self, modules: tuple[nn.Module, ...], on_copy: Callable[[str, int], None]) -> None:
         """Moves the weights to masters and puts the entries on; again for more ``modules``, which
         share weights with those it has."""
-        new = tuple(module for module in modules if module not in self.unit.modules)
-        if new or not self._undo:
-            run_back(self._undo)
+        before = self.unit.modules if self.units else ()
+        new = tuple(module for module in modules if module not in before)
+        if not new and self._undo:
+            return
+        run_back(self._undo)
+        if len(before + new) > 1 and len(self.units) > 1:
+            self._drop_units()
+        if not self.units:
+            self._make_units(before + new)
+        else:
             self.unit.modules += new
-            self.walker.residency.adopt(self.unit, on_copy)
-            self._install()
+        for unit in self.units:
+            self.walker.residency.adopt(unit, on_copy)
+        self._install()
+
+    def _make_units(self, modules: tuple[nn.Module, ...]) -> None:
+        blocks = self._blocks if len(modules) == 1 else ()
+        inner = [module for _, parts in blocks for module in parts]
+        rest = Unit(self.name, modules, self._store, without=inner)
+        self.units.append(rest)
+        for path, parts in blocks:
+            self.units.append(Unit(f"{self.name}.{path}", parts, self._store, needs=(rest,)))
+
+    def _drop_units(self) -> None:
+        while self.units:
+            self.walker.residency.drop(self.units[-1])
+            self.units.pop()
 
     def move_to(self, walker: Walker) -> None:
         """Changes over to the walker of another pipeline that shares modules with this one."""
@@ -533,7 +583,8 @@ class _Mount:
 
     def _install(self) -> None:
         _mounts.add(self)
-        install(self.unit, self.walker, self, self._undo)
+        for unit in self.units:
+            install(unit, self.walker, self, self._undo)
 
     def detach(self) -> None:
         """Somebody removed the hooks from outside (accelerate's remove_hook_from_module)."""
@@ -544,7 +595,8 @@ class _Mount:
         """Takes the entries off and gives the weights ordinary memory."""
         self.walker.leave()
         run_back(self._undo)
-        self.walker.residency.drop(self.unit)
+        for unit in reversed(self.units):
+            self.walker.residency.drop(unit)
         _mounts.discard(self)
 
 

@@ -22,6 +22,7 @@ class Observed(NamedTuple):
     seconds: float
     workspace_nbytes: int  # exact or an upper bound
     is_exact: bool
+    is_sampled: bool  # a close bound
     work: int  # elements in its arguments
     forwards: int
 
@@ -80,16 +81,23 @@ class Forecast:
             found[name] = max(found.get(name, here), here)
         return found
 
-    def is_like(self, other: Forecast) -> bool:
-        """Whether a plan made for ``other`` serves this one as well."""
+    def is_like(self, other: Forecast, spare_nbytes: float) -> bool:
+        """Whether a plan made for ``other`` serves this one as well, and a new one would have less
+        than ``spare_nbytes`` of room more."""
         if (self.pattern, self.steps) != (other.pattern, other.steps):
             return False
         leaves = self.pattern.leaves
         total = sum(self.costs[leaf].seconds for leaf in leaves)
         change = sum(abs(self.costs[leaf].seconds - other.costs[leaf].seconds) for leaf in leaves)
-        return change <= _AS_BEFORE * total and all(
-            mine.workspace_nbytes == others.workspace_nbytes and mine.work == others.work
-            for mine, others in zip(self.costs, other.costs, strict=True)
+        pairs = list(zip(self.costs, other.costs, strict=True))
+        spared = max((theirs.workspace_nbytes - mine.workspace_nbytes for mine, theirs in pairs))
+        return (
+            change <= _AS_BEFORE * total
+            and spared <= spare_nbytes
+            and all(
+                mine.workspace_nbytes <= theirs.workspace_nbytes and mine.work <= theirs.work
+                for mine, theirs in pairs
+            )
         )
 
     def expect(self, steps: int | None) -> Expected:
@@ -123,9 +131,11 @@ class Expected(NamedTuple):
         budget_nbytes: int,
         bandwidth: float,
         segments: Seq[str] = (),
+        needs: Mapping[str, Seq[str]] | None = None,
         cyclic: bool = False,
     ) -> Plan:
         """The plan for it; ``segments``: what to call the segment of each use, else its unit.
+        ``needs``: for each unit, those it cannot run without.
 
         A workspace that is known by a bound alone, which is too high for the budget, is taken to
         fill it: that use ran, so it needs no more. Raises PlanError where a use does not fit.
@@ -134,10 +144,12 @@ class Expected(NamedTuple):
         uses = []
         segments = segments or self.trace
         for name, segment, cost in zip(self.trace, segments, self.costs, strict=True):
+            together = (*(needs or {}).get(name, ()), segment)
             sizes[segment] = max(1, nbytes[name])
-            room = max(0, budget_nbytes - sizes[segment])
+            sizes.update((other, max(1, nbytes[other])) for other in together[:-1])
+            room = max(0, budget_nbytes - sum(sizes[each] for each in together))
             workspace = cost.workspace_nbytes if cost.is_exact else min(cost.workspace_nbytes, room)
-            uses.append(Use((segment,), cost.seconds, workspace))
+            uses.append(Use(together, cost.seconds, workspace))
         return build_plan(
             sizes, uses, budget_nbytes=budget_nbytes, bandwidth=bandwidth, cyclic=cyclic
         )
@@ -151,12 +163,12 @@ def _costs(pattern: Pattern, observed: Seq[Observed]) -> tuple[Cost, ...]:
 
 
 def _cost(uses: Seq[Observed]) -> Cost:
-    exact = [use.workspace_nbytes for use in uses if use.is_exact]
+    known = [use.workspace_nbytes for use in uses if use.is_exact or use.is_sampled]
     return Cost(
         seconds=median(use.seconds for use in uses),
-        # Their work is the same, so each bound holds for all of them.
-        workspace_nbytes=max(exact) if exact else min(use.workspace_nbytes for use in uses),
-        is_exact=bool(exact),
+        # Of mere bounds the lowest: what runs there is the same each time.
+        workspace_nbytes=max(known) if known else min(use.workspace_nbytes for use in uses),
+        is_exact=any(use.is_exact for use in uses),
         work=max(use.work for use in uses),
         forwards=round(median(use.forwards for use in uses)),
     )

@@ -31,9 +31,9 @@ class Guide(Protocol):
     watches_forwards: bool  # whether it wants to see every forward, not only the switches
     is_still: bool  # whether it moves nothing any more: then each unit need enter only once
 
-    def enter(self, name: str, work: int, here: Mapping[str, int]) -> Move:
+    def enter(self, name: str, work: int, here: Mapping[str, int], needs: Seq[str] = ()) -> Move:
         """Before ``name`` runs: ``here`` has the bytes of every unit with a slot, ``work`` the
-        elements in the arguments of ``name``."""
+        elements in the arguments of ``name``, ``needs`` the units it cannot run without."""
 
     def wraps(self, name: str) -> bool:
         """Whether ``name`` begins a new round, outside of calls."""
@@ -47,10 +47,10 @@ class Chain:
     def __init__(self, cursor: Cursor) -> None:
         self.cursor = cursor
 
-    def enter(self, name: str, work: int, here: Mapping[str, int]) -> Move:
+    def enter(self, name: str, work: int, here: Mapping[str, int], needs: Seq[str] = ()) -> Move:
         keep = self.cursor.enter(name)
-        release = [other for other in here if other not in keep and other != name]
-        return Move(release, () if name in here else (name,))
+        release = [o for o in here if o not in keep and o != name and o not in needs]
+        return Move(release, [each for each in (*needs, name) if each not in here])
 
     def wraps(self, name: str) -> bool:
         return self.cursor.wraps(name)
@@ -75,15 +75,16 @@ class Careful:
         self._workspaces = workspaces
         self._used: dict[str, None] = {}  # in order of last use
 
-    def enter(self, name: str, work: int, here: Mapping[str, int]) -> Move:
+    def enter(self, name: str, work: int, here: Mapping[str, int], needs: Seq[str] = ()) -> Move:
         self._used.pop(name, None)
         self._used[name] = None
-        fetch = () if name in here else (name,)
+        needed = (*needs, name)
+        fetch = [each for each in needed if each not in here]
         known_work, workspace = self._workspaces.get(name, (-1, 0))
-        others = [other for other in here if other != name]
+        others = [other for other in here if other not in needed]
         if work > known_work:
             return Move(others, fetch)
-        room = self._budget_nbytes - workspace - self._nbytes[name]
+        room = self._budget_nbytes - workspace - sum(self._nbytes[each] for each in needed)
         # What other pipelines left goes first. Of the rest, what has just run is needed last, if
         # this is a loop; and if not, it hardly matters.
         last = {other: at for at, other in enumerate(self._used)}
@@ -128,15 +129,17 @@ class Planned:
             for at, use in enumerate(plan.uses):
                 self._last_use.update(dict.fromkeys(use.segments, at))
 
-    def enter(self, name: str, work: int, here: Mapping[str, int]) -> Move:
+    def enter(self, name: str, work: int, here: Mapping[str, int], needs: Seq[str] = ()) -> Move:
+        expected = self.follower.at + 1
         at = self.follower.enter(name)
         known = at is not None and work <= self._works[at]
         if not known:
             self.surprised, self.is_still = True, False
         if at is None or not known:
-            return Move([o for o in here if o != name], () if name in here else (name,))
+            needed = (*needs, name)
+            return Move([o for o in here if o not in needed], [n for n in needed if n not in here])
         if self._unit_of is None:
-            return self._enter(at, here)
+            return self._enter(at, here, is_jump=at != expected)
         self._segment_of[name] = self.plan.uses[at].segments[0]
         self._deferred.pop(name, None)
         move = self._enter(at, {self._segment_of.get(o, o): size for o, size in here.items()})
@@ -151,8 +154,9 @@ class Planned:
         self._segment_of |= fetch
         return Move(release, list(fetch), move.copy_nbytes)
 
-    def _enter(self, at: int, here: Mapping[str, int]) -> Move:
-        """Before use ``at``, with segments ``here``."""
+    def _enter(self, at: int, here: Mapping[str, int], is_jump: bool = False) -> Move:
+        """Before use ``at``, with segments ``here``; after a jump, what the plan has there and is
+        missing is fetched as well."""
         here = dict(here)
         use, step = self.plan.uses[at], self.plan.steps[at]
         release = [segment for segment in step.release if segment in here]
@@ -161,6 +165,9 @@ class Planned:
             del here[segment]
         fetch = [segment for segment in step.fetch if segment not in here]
         fetch = [s for s in use.segments if s not in here and s not in fetch] + fetch
+        if is_jump:
+            lost = self._targets.after(at).difference(here, fetch)
+            fetch += sorted(lost, key=lambda segment: self._targets.next_use(segment, at))
         nbytes = self.plan.nbytes
         room = self.plan.budget_nbytes - use.workspace_nbytes - sum(nbytes[s] for s in fetch)
         if sum(here.values()) > room:

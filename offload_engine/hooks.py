@@ -27,9 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from .guide import Chain, Guide
-from .measure import Mark, Meter, Sampler
+from .measure import Mark, Meter
 from .residency import CLOSED, Residency, State, Unit
-from .segments import scan
 from .sequence import Cursor, Sequence
 
 # Methods through which pipelines enter a component without calling it (facts: AST scan of
@@ -54,9 +53,9 @@ class Walker:
         self.stream_key: Callable[[], Any] = lambda: None
         if residency.link is not None:
             self.stream_key = residency.link.current_key
+        self.announced: Unit | None = None  # entered by its pre-hook, its gate comes next
         self.guide: Guide = Chain(Cursor(Sequence(())))
         self.meter = Meter(residency.link)
-        self.sampler: Sampler | None = None  # while it watches operators
         self.on_wrap: Callable[[], None] | None = None  # what to do when a round begins anew
 
     @torch.compiler.disable
@@ -67,6 +66,7 @@ class Walker:
         """
         residency, guide = self.residency, self.guide
         with residency.lock:
+            self.announced = None
             if self.at_door is not None or not guide.is_still:
                 self.leave()
             if self.on_wrap is not None and guide.wraps(unit.name):
@@ -90,7 +90,8 @@ class Walker:
         again = mark is not None and mark.unit == unit.name
         reached = None if again else meter.boundary()
         here = {other.name: other.nbytes for other in residency.resident}
-        late = residency.enter(unit, guide.enter(unit.name, work, here))
+        needs = [other.name for other in unit.needs]
+        late = residency.enter(unit, guide.enter(unit.name, work, here, needs))
         if mark is not None and again:
             mark.forwards += 1
             mark.work = max(mark.work, work)
@@ -99,21 +100,9 @@ class Walker:
 
     def run(self, unit: Unit, bare: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs ``bare`` of a unit that was just entered, watched if the guide wants to know."""
-        link, marks = self.residency.link, self.meter.marks
-        if not self.guide.watches_forwards or self.sampler is not None or link is None or not marks:
-            return bare(*args, **kwargs)
-        mark = marks[-1]
-        known = mark.sampled_nbytes is not None and mark.work <= mark.sampled_work
-        if known or not Sampler.works_on(link.device) or _is_compiled(unit):
-            return bare(*args, **kwargs)
-        self.sampler = Sampler(link.device)
-        try:
-            with self.sampler:
-                return bare(*args, **kwargs)
-        finally:
-            mark.sampled_work = mark.work
-            mark.sampled_nbytes = max(mark.sampled_nbytes or 0, self.sampler.most_nbytes)
-            self.sampler = None
+        if self.guide.watches_forwards and not _is_compiled(unit):
+            return self.meter.run(unit.name, bare, args, kwargs)
+        return bare(*args, **kwargs)
 
     def leave(self) -> None:
         """No unit is known to be ready: the next entry looks at everything again."""
@@ -151,7 +140,11 @@ class Entry:
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return None if self.is_open() else self.enter(args, kwargs)
+        if self.is_open():
+            return None
+        entered = self.enter(args, kwargs)
+        self.walker.announced = self.unit
+        return entered
 
     def is_open(self) -> bool:
         """Whether the unit is the one that ran last, on this very stream."""
@@ -164,7 +157,11 @@ class Entry:
         """
         if not self.is_live:
             return args, kwargs
-        self.walker.enter(self.unit, _elements([args, kwargs]))
+        walker, unit = self.walker, self.unit
+        if walker.announced is unit and unit.state is State.RESIDENT and not unit.stale:
+            walker.announced = None
+        else:
+            walker.enter(unit, _elements([args, kwargs]))
         return to_device(args, self.device), to_device(kwargs, self.device)
 
     def close(self) -> None:
@@ -373,7 +370,8 @@ def install(unit: Unit, walker: Walker, owner: Owner, undo: Undo) -> None:
     for module in unit.modules:
         undo.append(functools.partial(_remove_pre_hooks, module, entry))
         handle = module.register_forward_pre_hook(entry, prepend=True, with_kwargs=True)
-        _shadow(module, "_hf_hook", HfHook(entry.device, entry, owner), undo)
+        if not unit.needs:  # blocks are not what diffusers looks at
+            _shadow(module, "_hf_hook", HfHook(entry.device, entry, owner), undo)
         for name in _entry_methods(module):
             _shadow(module, name, MethodEntry(entry, module, name), undo)
         _shadow(module, "forward", Gate(entry, module), undo)
@@ -384,7 +382,7 @@ def install(unit: Unit, walker: Walker, owner: Owner, undo: Undo) -> None:
     unit.doors = doors
     if unit.state is State.HOST:
         on_cpu = walker.residency.link is None  # nothing moves there: the roots alone tell
-        doors.arm(unit.modules if on_cpu else scan(unit.modules).modules)
+        doors.arm(unit.modules if on_cpu else unit.scan().modules)
 
 
 def _shadow(module: nn.Module, name: str, stand_in: Any, undo: Undo) -> None:

@@ -24,8 +24,8 @@ class Mark:
     """One use of a unit, as it is measured."""
 
     __slots__ = (
-        "began", "ended", "forwards", "held_nbytes", "peak_after_nbytes", "peak_before_nbytes",
-        "reached", "sampled_nbytes", "sampled_work", "unit", "work",
+        "before_nbytes", "began", "ended", "forwards", "grown_nbytes", "held_nbytes",
+        "peak_after_nbytes", "peak_before_nbytes", "reached", "unit", "work",
     )  # fmt: skip
 
     def __init__(self, unit: str, work: int) -> None:
@@ -38,8 +38,8 @@ class Mark:
         self.held_nbytes = 0  # in slots, while it ran
         self.peak_before_nbytes = 0  # of all that is allocated
         self.peak_after_nbytes = 0
-        self.sampled_nbytes: int | None = None  # most that its operators can have allocated
-        self.sampled_work = -1  # of the largest forward that was sampled
+        self.before_nbytes = 0  # allocated when it began
+        self.grown_nbytes: int | None = None  # at most, by what was sampled; None: it was not
 
     @property
     def seconds(self) -> float:
@@ -58,8 +58,8 @@ class Mark:
         workspace = max(0, self.peak_after_nbytes - below)
         if self.peak_after_nbytes > self.peak_before_nbytes:
             return workspace, True
-        if self.sampled_nbytes is not None:
-            workspace = min(workspace, max(0, self.sampled_nbytes - below))
+        if self.grown_nbytes is not None:
+            workspace = min(workspace, max(0, self.before_nbytes + self.grown_nbytes - below))
         return workspace, False
 
 
@@ -72,6 +72,9 @@ class Meter:
         # Allocated apart from weights, when the call began; see also `end`.
         self.outside_nbytes = 0 if link is None else slots.outside_nbytes(link.device)
         self.workspaces: dict[str, tuple[int, int]] = {}  # unit -> largest work, its workspace
+        self.sampler: Sampler | None = None  # while it watches operators
+        self._grown: dict[str, tuple[int, int]] = {}  # unit -> largest work sampled, its growth
+        self._left: tuple[int, int] | None = None  # allocated, and ever, after the last forward
 
     @property
     def is_full(self) -> bool:
@@ -85,11 +88,55 @@ class Meter:
         event = self._link.mark()
         if self.marks:
             last = self.marks[-1]
+            self._take_sample(last)
+            self._look_behind(last)
             last.ended = event
             last.peak_after_nbytes = slots.peak_nbytes(self._link.device)
             measured = (last.work, last.workspace_nbytes(self.outside_nbytes)[0])
             self.workspaces[last.unit] = max(self.workspaces.get(last.unit, measured), measured)
         return event
+
+    def run(self, unit: str, bare: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Runs ``bare`` of ``unit``, which was just entered, and samples what it allocates; unless
+        a forward with as much work was sampled before."""
+        link = self._link
+        if link is None or self.sampler is not None or not self.marks:
+            return bare(*args, **kwargs)
+        self._look_behind(self.marks[-1])
+        work = self.marks[-1].work
+        try:
+            if work <= self._grown.get(unit, (-1, 0))[0] or not Sampler.works_on(link.device):
+                return bare(*args, **kwargs)
+            self.sampler = Sampler(link.device)
+            with self.sampler:
+                return bare(*args, **kwargs)
+        finally:
+            self._take_sample(self.marks[-1])
+            self.sampler = None
+            device = link.device
+            self._left = slots.allocated_nbytes(device), slots.ever_allocated_nbytes(device)
+
+    def _take_sample(self, mark: Mark) -> None:
+        """The use that runs has grown by no more than was sampled; if this time nothing was, by no
+        more than its unit did before with as much work."""
+        known = self._grown.get(mark.unit, (-1, 0))
+        if self.sampler is not None:
+            grown = max(self.sampler.take() - mark.before_nbytes, mark.grown_nbytes or 0)
+            self._grown[mark.unit] = max(known, (mark.work, grown))
+        elif mark.work <= known[0]:
+            grown = known[1]
+        else:
+            return
+        mark.grown_nbytes = max(grown, mark.grown_nbytes or 0)
+
+    def _look_behind(self, mark: Mark) -> None:
+        """Between forwards, the pipeline's own code has grown it by no more than it allocated."""
+        if self._left is not None and self._link is not None:
+            allocated, ever = self._left
+            gone = slots.ever_allocated_nbytes(self._link.device) - ever
+            if mark.grown_nbytes is not None:
+                mark.grown_nbytes = max(mark.grown_nbytes, allocated + gone - mark.before_nbytes)
+            self._left = None
 
     def end(self, result_nbytes: int) -> None:
         """The call ends here. What it leaves on the device, beside a result that takes
@@ -106,6 +153,7 @@ class Meter:
             return
         mark.reached = reached
         mark.began = self._link.mark() if late else reached
+        mark.before_nbytes = slots.allocated_nbytes(self._link.device)
         mark.held_nbytes = slots.lent_nbytes(self._link.device)
         mark.peak_before_nbytes = slots.peak_nbytes(self._link.device)
 
@@ -115,35 +163,26 @@ class Sampler(TorchDispatchMode):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self._read = _memory_reader(device)
-        self.most_nbytes = 0
+        self._device = device
+        self._most_nbytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        current, total = self._read()
+        device = self._device
+        before = slots.allocated_nbytes(device)
+        ever = slots.ever_allocated_nbytes(device)
         result = func(*args, **(kwargs or {}))
-        reached = current + self._read()[1] - total
-        if reached > self.most_nbytes:
-            self.most_nbytes = reached
+        reached = before + slots.ever_allocated_nbytes(device) - ever
+        if reached > self._most_nbytes:
+            self._most_nbytes = reached
         return result
+
+    def take(self) -> int:
+        """The most since the last time."""
+        most, self._most_nbytes = self._most_nbytes, 0
+        return most
 
     @staticmethod
     def works_on(device: torch.device) -> bool:
         """Whether the allocator counts what it ever allocated."""
-        try:
-            current, total = _memory_reader(device)()
-        except (RuntimeError, AttributeError, KeyError, TypeError):
-            return False
-        return total >= current and (total > 0 or current == 0)
-
-
-def _memory_reader(device: torch.device) -> Callable[[], tuple[int, int]]:
-    """Gives bytes allocated now, and ever. The public calls sort all statistics: 100 us."""
-    name = "_cuda_memoryStats" if device.type == "cuda" else "_accelerator_getDeviceStats"
-    read = getattr(torch._C, name)
-    index = device.index
-
-    def memory() -> tuple[int, int]:
-        counts = read(index)["allocated_bytes"]["all"]
-        return counts["current"], counts["allocated"]
-
-    return memory
+        current = slots.allocated_nbytes(device)
+        return current > 0 and slots.ever_allocated_nbytes(device) >= current

@@ -8,21 +8,24 @@ to the end of its call, also by an exception, and also the nine classes that nev
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from . import sequence
+from .blocks import Block, find_blocks, least_nbytes, named_blocks
 from .errors import ComponentError, PlanError
 from .hooks import HfHook, Undo
-from .segments import opaque_classes, scan
+from .segments import opaque_classes
 from .sequence import Sequence
 
+_LARGE = 1 / 8  # of the budget: smaller components move as one
 ENGINE = "_offload_engine"  # the attribute of an attached pipeline that holds its engine
 _STATE = (ENGINE, "_all_hooks", "_offload_device", "_offload_gpu_id")
 
@@ -173,14 +176,48 @@ class Pipeline:
                 names=stuck,
             )
 
-    def check_fits(self, seq: Sequence, budget_nbytes: int) -> None:
-        """Raises PlanError for a component that is larger than the budget."""
+    def cuts(
+        self, seq: Sequence, vram_nbytes: int | None, paths: Iterable[str] | None
+    ) -> dict[str, list[Block]]:
+        """The blocks of each component that is to be cut: of those that the user named, and, if
+        ``vram_nbytes`` does not hold everything, of the large ones.
+
+        Raises ComponentError for paths that do not exist, and PlanError where the rest and the
+        largest block of a component do not fit.
+        """
         stay = self.excluded(seq)
         parts = {n: m for n, m in self.modules.items() if n not in stay}
-        sizes = {name: sum(t.nbytes for t in scan([m]).tensors) for name, m in parts.items()}
-        if sizes and max(sizes.values()) > budget_nbytes:
-            name = max(sizes, key=lambda each: sizes[each])
-            raise PlanError(list(sizes).index(name), (name,), sizes[name], budget_nbytes)
+        cut = self._named(parts, paths)
+        if vram_nbytes is None:
+            return cut
+        sizes = {name: least_nbytes(module, ()) for name, module in parts.items()}
+        if sum(sizes.values()) > vram_nbytes:
+            for name, module in parts.items():
+                if name not in cut and sizes[name] > _LARGE * vram_nbytes:
+                    cut[name] = find_blocks(module)
+        least = {name: least_nbytes(module, cut.get(name, ())) for name, module in parts.items()}
+        if least and max(least.values()) > vram_nbytes:
+            name = max(least, key=lambda each: least[each])
+            raise PlanError(list(least).index(name), (name,), least[name], vram_nbytes)
+        return cut
+
+    def _named(
+        self, parts: Mapping[str, nn.Module], paths: Iterable[str] | None
+    ) -> dict[str, list[Block]]:
+        if isinstance(paths, str):
+            paths = [paths]
+        found: dict[str, list[str]] = {}
+        for path in paths or ():
+            name, _, below = path.partition(".")
+            if name not in parts:
+                near = difflib.get_close_matches(name, parts, n=3, cutoff=0.4)
+                raise ComponentError(
+                    f"blocks names {path!r}, but there is no component {name!r} to offload; near "
+                    f"matches: {', '.join(map(repr, near)) or 'none'}.",
+                    names=[path],
+                )
+            found.setdefault(name, []).append(below)
+        return {name: named_blocks(parts[name], name, below) for name, below in found.items()}
 
     def remove_foreign_hooks(self) -> None:
         """Takes accelerate's hooks off, as enable_model_cpu_offload does first."""

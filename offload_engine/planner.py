@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Seq
 
 from .errors import PlanError
@@ -12,9 +12,11 @@ from .forecast import Forecast, Observed
 from .guide import Careful, Chain, Guide, Planned
 from .measure import Meter
 from .plan import Plan
-from .residency import Event
+from .residency import Event, Unit
 from .sequence import stages_of
 from .units import format_nbytes
+
+_SPARE = 1 / 256  # of the budget: for less room a new plan is not worth its making
 
 _log = logging.getLogger("offload_engine")
 
@@ -41,31 +43,32 @@ class Planner:
     def guide(
         self,
         chain: Callable[[], Chain],
-        nbytes: Mapping[str, int],
+        units: Collection[Unit],
         steps: int | None,
         meter: Meter,
         *,
         solo: bool,
     ) -> Guide:
-        """The guide of a call that begins."""
+        """The guide of a call that begins; ``units``: those of the pipeline."""
         self._study()
         self._steps = steps
         self.outside_nbytes = min(self.outside_nbytes, meter.outside_nbytes)
         if self.vram_nbytes is None and solo:
             self.plan = None
         else:
-            self._make_plan(nbytes, steps, meter.outside_nbytes)
+            self._make_plan(units, steps, meter.outside_nbytes)
         self.plan_of_last_call = self.plan
         if self.plan is not None and self._forecast is not None:
             expected = self._forecast.expect(steps)
             unit_of = None
             if self.vram_nbytes is None:
-                unit_of = dict(zip(_stretches(expected.trace, nbytes), expected.trace, strict=True))
+                names = _stretches(expected.trace, _sizes(units))
+                unit_of = dict(zip(names, expected.trace, strict=True))
             return Planned(self.plan, expected.trace, expected.works, unit_of)
-        return self.guide_by_hand(chain, nbytes, meter)
+        return self.guide_by_hand(chain, units, meter)
 
     def guide_by_hand(
-        self, chain: Callable[[], Chain], nbytes: Mapping[str, int], meter: Meter
+        self, chain: Callable[[], Chain], units: Collection[Unit], meter: Meter
     ) -> Guide:
         """The guide of what runs without a plan."""
         if self.vram_nbytes is None:
@@ -73,17 +76,18 @@ class Planner:
         if self._forecast is not None:
             for name, known in self._forecast.known_workspaces().items():
                 meter.workspaces.setdefault(name, known)
-        return Careful(nbytes, self._budget(meter.outside_nbytes), meter.workspaces)
+        return Careful(_sizes(units), self._budget(meter.outside_nbytes), meter.workspaces)
 
     def ended(self, guide: Guide, meter: Meter, log: deque[Event], units: frozenset[str]) -> None:
         """A call that ``guide`` led came to its end."""
         if not guide.is_still:  # such a call shows each unit once
             self._last = (guide, meter, log, units)
 
-    def prepare(self, nbytes: Mapping[str, int], outside_nbytes: int) -> Plan | None:
+    def prepare(self, units: Collection[Unit], outside_nbytes: int) -> Plan | None:
         """The plan for the next call, if it is to be like the last one."""
-        self._study()
-        self._make_plan(nbytes, self._steps, outside_nbytes)
+        if self._last is not None and not _went_as_planned(self._last[0]):
+            self._study()
+        self._make_plan(units, self._steps, outside_nbytes)
         return self.plan
 
     # ---- inside
@@ -95,18 +99,26 @@ class Planner:
         return max(1, self.vram_nbytes - max(0, outside_nbytes - self.outside_nbytes))
 
     def _study(self) -> None:
-        """Reads what the last call measured; waits for its end on the device."""
+        """Reads what the last call measured. Waits for its end on the device, unless it went as
+        planned: then there is no need to know."""
         if self._last is None:
             return
         guide, meter, log, units = self._last
         self._last = None
-        if not all(mark.unit in units for mark in meter.marks):
+        ended = meter.marks[-1].ended
+        if not all(mark.unit in units for mark in meter.marks) or ended is None:
             return
+        if not ended.query():
+            if _went_as_planned(guide):
+                return
+            ended.synchronize()
         observed = []
         for mark in meter.marks:
             workspace, is_exact = mark.workspace_nbytes(meter.outside_nbytes)
+            sampled = mark.grown_nbytes is not None
+            seconds, work = mark.seconds, mark.work
             observed.append(
-                Observed(mark.unit, mark.seconds, workspace, is_exact, mark.work, mark.forwards)
+                Observed(mark.unit, seconds, workspace, is_exact, sampled, work, mark.forwards)
             )
         self._bandwidth = _bandwidth(log) or self._bandwidth
         forecast = self._forecast
@@ -126,7 +138,8 @@ class Planner:
                 default=0,
             )
 
-    def _make_plan(self, nbytes: Mapping[str, int], steps: int | None, outside_nbytes: int) -> None:
+    def _make_plan(self, units: Collection[Unit], steps: int | None, outside_nbytes: int) -> None:
+        nbytes = _sizes(units)
         forecast = self._forecast
         if (
             forecast is None
@@ -147,6 +160,7 @@ class Planner:
                 budget_nbytes=budget,
                 bandwidth=self._bandwidth,
                 segments=_stretches(expected.trace, nbytes) if is_chain else (),
+                needs={unit.name: [other.name for other in unit.needs] for unit in units},
                 cyclic=not is_chain,
             )
             self._planned_for = asked
@@ -165,6 +179,14 @@ def opening(plan: Plan) -> tuple[list[str], float]:
     return order, max(0.0, max(ends, default=0.0) - plan.seconds) * plan.bandwidth
 
 
+def _went_as_planned(guide: Guide) -> bool:
+    return isinstance(guide, Planned) and not (guide.surprised or guide.follower.deviations)
+
+
+def _sizes(units: Collection[Unit]) -> dict[str, int]:
+    return {unit.name: unit.nbytes for unit in units}
+
+
 def _stretches(trace: Seq[str], nbytes: Mapping[str, int]) -> list[str]:
     """A name for each use in ``trace``: its unit and the number of its stage.
 
@@ -181,7 +203,7 @@ def _is_same(
     """Whether a plan made for ``before`` serves ``now``."""
     return (
         before is not None
-        and now[0].is_like(before[0])
+        and now[0].is_like(before[0], _SPARE * now[2])
         and now[1:3] == before[1:3]
         and now[4] == before[4]
         and abs(now[3] - before[3]) <= 0.02 * before[3]

@@ -147,7 +147,7 @@ _HEAD = (
 
 def build_report(
     log: list[Event],
-    units: Mapping[str, Unit],
+    units: Mapping[str, Seq[Unit]],
     *,
     device: torch.device,
     sequence: Sequence,
@@ -167,17 +167,18 @@ def build_report(
     for mark in marks:
         stalls[mark.unit] = stalls.get(mark.unit, 0.0) + mark.stall_seconds
     components = {}
-    for name, unit in units.items():
-        mine = [event for event in log if event.unit == unit.name]
+    for name, parts in units.items():
+        names = {unit.name for unit in parts}
+        mine = [event for event in log if event.unit in names]
         fetches = [event for event in mine if event.kind == "fetch"]
         components[name] = ComponentReport(
-            nbytes=unit.nbytes,
-            pinned=unit.is_pinned,
+            nbytes=sum(unit.nbytes for unit in parts),
+            pinned=all(unit.is_pinned for unit in parts),
             uses=sum(event.kind == "use" for event in mine),
             fetches=len(fetches),
             fetched_nbytes=sum(event.nbytes for event in fetches),
             fetch_seconds=sum(copies[id(event)] for event in fetches),
-            stall_seconds=stalls.get(unit.name, 0.0),
+            stall_seconds=sum(stalls.get(each, 0.0) for each in names),
             write_back_nbytes=sum(e.nbytes for e in mine if e.kind == "write_back"),
         )
     first = log[0].at_seconds if log else 0.0

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -175,9 +175,21 @@ class _Twin(NamedTuple):
 class Unit:
     """Modules whose weights move together; the sole owner of their masters and their slot."""
 
-    def __init__(self, name: str, modules: Iterable[nn.Module], store: HostStore) -> None:
+    def __init__(
+        self,
+        name: str,
+        modules: Iterable[nn.Module],
+        store: HostStore,
+        *,
+        without: Iterable[nn.Module] = (),
+        needs: tuple[Unit, ...] = (),
+    ) -> None:
+        """``without``: modules below ``modules`` that belong to other units; ``needs``: units that
+        must be resident whenever this one runs."""
         self.name = name
         self.modules: tuple[nn.Module, ...] = tuple(modules)
+        self.without = tuple(without)
+        self.needs = needs
         self.state = State.HOST
         self.stale = False  # moved by the user while resident: look again before the next use
         self.open_on: Any = CLOSED  # the key of the stream on which it may run unasked (hooks.py)
@@ -195,8 +207,12 @@ class Unit:
     def nbytes(self) -> int:
         """Bytes of the slot: what one fetch copies."""
         if not self._blocks:  # no masters: on device="cpu" nothing moves
-            return sum(tensor.nbytes for tensor in scan(self.modules).tensors)
+            return sum(tensor.nbytes for tensor in self.scan().tensors)
         return stack(block.nbytes for block in self._blocks)[0]
+
+    def scan(self) -> Scan:
+        """What is in its modules now."""
+        return scan(self.modules, self.without)
 
     @property
     def is_pinned(self) -> bool:
@@ -243,7 +259,7 @@ class Unit:
             on_copy(kind, nbytes)
 
         self._unwrap(book)
-        self._found = scan(self.modules)
+        self._found = self.scan()
         inner = [tensor for wrapper in self._found.wrappers for _, tensor in wrapper.inner]
         tensors = self._found.tensors + inner
         fresh = [tensor for tensor in tensors if not self._settle(tensor, book)]
@@ -343,7 +359,7 @@ class Unit:
 
     def _looks_as_started(self) -> bool:
         """The full look behind `is_as_started`."""
-        found = scan(self.modules)
+        found = self.scan()
         inner = [tensor for wrapper in found.wrappers for _, tensor in wrapper.inner]
         tensors = found.tensors + inner
         if {id(tensor) for tensor in tensors} != set(self._weights):
@@ -383,7 +399,7 @@ class Unit:
 
     def _looks_whole(self) -> bool:
         """The full look behind `is_whole`."""
-        found = scan(self.modules)
+        found = self.scan()
         inner = {id(tensor) for twin in self._twins for _, tensor in twin.wrapper.inner}
         plain = [weight for key, weight in self._weights.items() if key not in inner]
         return (
@@ -430,7 +446,7 @@ class Unit:
         """The user moved or cast the modules (``.to``): what does that mean for the slot?"""
         if self.state is not State.RESIDENT or link is None:
             return
-        tensors = scan(self.modules).tensors
+        tensors = self.scan().tensors
         self.stale = any(tensor.device != link.device for tensor in tensors)
         mine = {weight.device_pointer for weight in self._weights.values()}
         if self.fetch is not None and not any(t.data_ptr() in mine for t in tensors if t.numel()):
@@ -555,13 +571,12 @@ class Residency:
         """
         for name in move.release:
             self.release(self.units[name])
+        needed = (*unit.needs, unit)
         for name in move.fetch:
-            self._start(self.units[name], unit)
-        late = unit.state is not State.RESIDENT
-        if late:
-            self._land(unit)
-        else:
-            late = self._wait(unit)
+            self._start(self.units[name], needed)
+        late = False
+        for each in needed:
+            late = self._make_ready(each, needed) or late
         self._queue(move.copy_nbytes)
         self.note("use", unit, 0)
         return late
@@ -569,7 +584,7 @@ class Residency:
     def prefetch(self, names: Iterable[str], nbytes: float) -> None:
         """Fetches what nobody waits for yet, as far as there is memory; queues ``nbytes`` now."""
         for name in names:
-            self._start(self.units[name], None)
+            self._start(self.units[name], ())
         self._queue(nbytes)
 
     def _queue(self, nbytes: float) -> None:
@@ -590,41 +605,46 @@ class Residency:
         link.wait(fetch)
         return True
 
-    def _start(self, unit: Unit, entered: Unit | None) -> None:
-        """Starts to fetch ``unit``, if only for later than ``entered`` then as it is possible."""
-        if unit.state is not State.HOST or (unit is not entered and not unit.can_start_early):
+    def _start(self, unit: Unit, needed: Collection[Unit]) -> None:
+        """Starts to fetch ``unit``; if it is not ``needed`` now, then only as far as possible."""
+        is_needed = unit in needed
+        if unit.state is not State.HOST or not (is_needed or unit.can_start_early):
             return
         link = self.link
         if link is None:
             unit.state = State.RESIDENT
             return
-        make_room = functools.partial(self._make_room, unit) if unit is entered else None
+        make_room = functools.partial(self._make_room, needed) if is_needed else None
         try:
             unit.start(link, self._copied(unit), make_room)
         except BaseException as error:
             unit.to_host(link, self._copied(unit))
-            if unit is entered or not isinstance(error, torch.OutOfMemoryError):
+            if is_needed or not isinstance(error, torch.OutOfMemoryError):
                 raise
             return
         assert unit.fetch is not None
         self._started.append(unit.fetch)
         self.note("fetch", unit, unit.nbytes, unit.fetch)
 
-    def _land(self, unit: Unit) -> None:
+    def _make_ready(self, unit: Unit, needed: Collection[Unit]) -> bool:
+        """Has ``unit`` resident on the current stream; True if that has to wait for it."""
+        if unit.state is State.RESIDENT:
+            return self._wait(unit)
         if unit.state is State.LOADING and not unit.is_as_started():
             self.release(unit)
-        self._start(unit, unit)
+        self._start(unit, needed)
         if self.link is None:
-            return
+            return False
         try:
             unit.land(self.link)
         except BaseException:
             unit.to_host(self.link, self._copied(unit))
             raise
+        return True
 
-    def _make_room(self, unit: Unit) -> None:
+    def _make_room(self, needed: Collection[Unit]) -> None:
         for other in self.resident:
-            if other is not unit:
+            if other not in needed:
                 self.release(other)
         for idle in [r for r in _residencies if r is not self and r.device == self.device]:
             idle.release_if_idle()

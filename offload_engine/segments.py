@@ -86,11 +86,19 @@ class Scan:
     wrappers: list[Wrapper] = field(default_factory=list)
     subclasses: list[Tensor] = field(default_factory=list)  # with tensors in their attributes
 
+    @property
+    def all_tensors(self) -> list[Tensor]:
+        """Every plain tensor, those inside wrappers included."""
+        return self.tensors + [tensor for w in self.wrappers for _, tensor in w.inner]
 
-def scan(roots: Iterable[nn.Module]) -> Scan:
-    """Every module and every parameter, buffer and inner tensor below ``roots``, each once."""
+
+def scan(roots: Iterable[nn.Module], without: Iterable[nn.Module] = ()) -> Scan:
+    """Every module and every parameter, buffer and inner tensor below ``roots``, each once.
+
+    Modules in ``without``, and what is below them, are left out.
+    """
     found = Scan()
-    seen_modules: set[int] = set()
+    seen_modules = {id(module) for module in without}
     seen: set[int] = set()
     wrapped: dict[int, list[tuple[dict[str, Any], str]]] = {}
     outers: dict[int, Tensor] = {}
@@ -256,6 +264,11 @@ def _roundness(nbytes: int) -> int:
 
 def sharing(modules: Iterable[nn.Module]) -> list[list[int]]:
     """Indices of ``modules``, those with weights in common (the same bytes) grouped together."""
+    return sharing_scans([scan([module]) for module in modules])
+
+
+def sharing_scans(scans: Iterable[Scan]) -> list[list[int]]:
+    """Indices of ``scans``, those with bytes in common grouped together."""
     leader: list[int] = []
 
     def find(index: int) -> int:
@@ -264,9 +277,9 @@ def sharing(modules: Iterable[nn.Module]) -> list[list[int]]:
         return index
 
     ranges: list[tuple[str, int, int, int]] = []
-    for index, module in enumerate(modules):
+    for index, found in enumerate(scans):
         leader.append(index)
-        for tensor in scan([module]).tensors:
+        for tensor in found.tensors:
             if tensor.numel() and not tensor.is_meta:
                 ranges.append((str(tensor.device), *_address_range(tensor), index))
     reach = ("", 0, 0)  # device, end and owner of the tensor that goes furthest

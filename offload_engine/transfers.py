@@ -151,7 +151,8 @@ def elapsed_seconds(start: torch.Event | None, end: torch.Event | None) -> float
     if start is None or end is None:
         return 0.0
     try:
-        end.synchronize()
+        if not end.query():
+            end.synchronize()
         return start.elapsed_time(end) / 1e3
     except (RuntimeError, NotImplementedError, ValueError):
         return 0.0

@@ -1,0 +1,123 @@
+"""Where a component can be cut: its repeated blocks, found from the module itself.
+
+[Note: blocks] A list of modules (ModuleList, Sequential) in which a class comes twice is a row of
+blocks. A block that consists of further rows, as the down blocks of a UNet do, is cut into those.
+What is outside of all blocks is the rest: needed whenever the component runs. Neighbours in a row
+that are too small to be worth a copy of their own move as one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import nn
+
+from .errors import ComponentError
+from .segments import Scan, scan, sharing_scans
+
+_MOSTLY = 0.75  # of a block's bytes must be in its own rows for it to be cut into them
+_LEAST_PART = 1 / 128  # of the component: smaller neighbours move as one
+
+Block = tuple[str, tuple[nn.Module, ...]]  # path in the component, the modules that move as one
+
+
+def find_blocks(component: nn.Module) -> list[Block]:
+    """The blocks of ``component``, in the order of its definition; see [Note: blocks]."""
+    return _untied(component, _merged(_rows(component, ""), _nbytes([component]) * _LEAST_PART))
+
+
+def named_blocks(component: nn.Module, name: str, paths: Iterable[str]) -> list[Block]:
+    """The blocks at ``paths`` below ``component``, which is called ``name``: each item of a list,
+    any other module as a whole. Raises ComponentError for a path that does not exist."""
+    found: dict[nn.Module, str] = {}
+    modules = dict(component.named_modules())
+    for path in paths:
+        if path not in modules or not path:
+            near = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
+            said = ", ".join(repr(f"{name}.{each}") for each in near) or "none"
+            raise ComponentError(
+                f"blocks names {f'{name}.{path}'!r}, which does not exist; near matches: {said}.",
+                names=[f"{name}.{path}"],
+            )
+        row = modules[path]
+        items = row.named_children() if _is_row(row) else [("", row)]
+        for number, block in items:
+            if _nbytes([block]):
+                found.setdefault(block, f"{path}.{number}" if number else path)
+    inside = {m for block in found for m in block.modules() if m is not block}
+    return _untied(component, [(p, (b,)) for b, p in found.items() if b not in inside])
+
+
+def _is_row(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.Sequential))
+
+
+def _rows(module: nn.Module, path: str) -> list[list[Block]]:
+    """The rows of blocks below ``module``."""
+    rows: list[list[Block]] = []
+    for name, child in module.named_children():
+        here = f"{path}{name}"
+        if not _is_row(child) or not _repeats(child):
+            rows += _rows(child, f"{here}.")
+            continue
+        row: list[Block] = []
+        for number, block in child.named_children():
+            if not _nbytes([block]):
+                continue
+            inner = _rows(block, f"{here}.{number}.")
+            parts = [m for line in inner for _, modules in line for m in modules]
+            if parts and _nbytes(parts) >= _MOSTLY * _nbytes([block]):
+                rows += inner
+            else:
+                row.append((f"{here}.{number}", (block,)))
+        rows.append(row)
+    return rows
+
+
+def _repeats(row: nn.Module) -> bool:
+    """Whether a class of modules that have parts of their own comes twice in ``row``."""
+    classes = Counter(type(block) for block in row.children() if any(block.children()))
+    return any(count > 1 for count in classes.values())
+
+
+def _merged(rows: Iterable[list[Block]], least_nbytes: float) -> Iterator[Block]:
+    for row in rows:
+        path, held = "", list[nn.Module]()
+        for name, modules in row:
+            path, held = path or name, [*held, *modules]
+            if _nbytes(held) >= least_nbytes:
+                yield path, tuple(held)
+                path, held = "", []
+        if held:
+            yield path, tuple(held)
+
+
+def _untied(component: nn.Module, blocks: Iterable[Block]) -> list[Block]:
+    """``blocks`` without those that share weights with the rest; those that share weights with
+    each other move as one."""
+    blocks = list(blocks)
+    rest = scan([component], without=[m for _, modules in blocks for m in modules])
+    groups = sharing_scans([rest, *(scan(modules) for _, modules in blocks)])
+    found = []
+    for group in groups:
+        members = [blocks[index - 1] for index in group if index]
+        if 0 not in group:
+            found.append((members[0][0], tuple(m for _, modules in members for m in modules)))
+    return found
+
+
+def rest_of(component: nn.Module, blocks: Sequence[Block]) -> Scan:
+    """What of ``component`` is outside of ``blocks``."""
+    return scan([component], without=[m for _, modules in blocks for m in modules])
+
+
+def least_nbytes(component: nn.Module, blocks: Sequence[Block]) -> int:
+    """The rest and the largest block: what must be on the device at once."""
+    rest = sum(t.nbytes for t in rest_of(component, blocks).all_tensors)
+    return rest + max((_nbytes(modules) for _, modules in blocks), default=0)
+
+
+def _nbytes(modules: Iterable[nn.Module]) -> int:
+    return sum(tensor.nbytes for tensor in scan(modules).all_tensors)
