@@ -119,6 +119,7 @@ class Engine:
             self._mount_all(progress=True)
             if before is not None:
                 before.detach()
+                self._walker.release_all()  # what it kept need not fit here
             pipeline.attach(self, device, self._undo)
             if vram_nbytes is not None:
                 placed = [t for m in self._placed.values() for t in _tensors_on(m, device)]
@@ -360,7 +361,8 @@ class Engine:
         )
         stages = tuple(stage for stage in stages if stage)
         nbytes = {unit.name: unit.nbytes for unit in self._units}
-        return Chain(Cursor(Sequence(stages), nbytes, solo=self._solo))
+        cursor = Cursor(Sequence(stages), nbytes, solo=self._solo)
+        return Chain(cursor, watches_forwards=bool(self._calls))
 
     @property
     def _units(self) -> list[Unit]:

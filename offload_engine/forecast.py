@@ -24,17 +24,36 @@ class Observed(NamedTuple):
     is_exact: bool
     is_sampled: bool  # a close bound
     work: int  # elements in its arguments
-    forwards: int
+    forwards: int  # 0: not counted
+
+
+class Times(NamedTuple):
+    """Seconds of the uses at one place of the pattern: the last one may run into what follows."""
+
+    usual: float  # the median
+    last: float
+
+    def scaled(self, factor: float) -> Times:
+        return Times(self.usual * factor, self.last * factor)
+
+    def at_most(self, other: Times) -> Times:
+        return Times(min(self.usual, other.usual), min(self.last, other.last))
 
 
 class Cost(NamedTuple):
     """What all uses at one place of the pattern have in common."""
 
-    seconds: float  # the median
+    times: Times  # in the last call or the one before, whichever was shorter
+    measured: Times  # in the last call
     workspace_nbytes: int
     is_exact: bool
     work: int
     forwards: int
+
+    @property
+    def least_nbytes(self) -> int:
+        """Of workspace, for certain."""
+        return self.workspace_nbytes if self.is_exact else 0
 
 
 @dataclass(frozen=True)
@@ -62,15 +81,16 @@ class Forecast:
             fresh = Forecast.of(observed, steps)
             known, names = self.known_workspaces(), fresh.pattern.names
             before = [known.get(name, (-1, 0)) for name in names]
-            seconds = [inf] * len(names)
+            times = [Times(inf, inf)] * len(names)
         else:
-            costs = _costs(pattern, observed)
-            if steps and self.steps and steps != self.steps and pattern == self.pattern:
-                costs = tuple(_for_steps(cost, steps, self.steps) for cost in costs)
+            costs = tuple(
+                _normal(fresh, known, steps or self.steps, self.steps)
+                for fresh, known in zip(_costs(pattern, observed), self.costs, strict=True)
+            )
             fresh = Forecast(self.pattern, self.steps, costs)
             before = [(cost.work, cost.workspace_nbytes) for cost in self.costs]
-            seconds = [cost.seconds for cost in self.costs]
-        costs = tuple(map(_kept, fresh.costs, before, seconds))
+            times = [cost.measured for cost in self.costs]
+        costs = tuple(map(_kept, fresh.costs, before, times))
         return Forecast(fresh.pattern, fresh.steps, costs)
 
     def known_workspaces(self) -> dict[str, tuple[int, int]]:
@@ -86,24 +106,20 @@ class Forecast:
         than ``spare_nbytes`` of room more."""
         if (self.pattern, self.steps) != (other.pattern, other.steps):
             return False
-        leaves = self.pattern.leaves
-        total = sum(self.costs[leaf].seconds for leaf in leaves)
-        change = sum(abs(self.costs[leaf].seconds - other.costs[leaf].seconds) for leaf in leaves)
+        mine, theirs = self.expect(None).seconds, other.expect(None).seconds
+        change = sum(abs(a - b) for a, b in zip(mine, theirs, strict=True))
         pairs = list(zip(self.costs, other.costs, strict=True))
-        spared = max((theirs.workspace_nbytes - mine.workspace_nbytes for mine, theirs in pairs))
+        spared = max((b.workspace_nbytes - a.workspace_nbytes for a, b in pairs), default=0)
         return (
-            change <= _AS_BEFORE * total
+            change <= _AS_BEFORE * sum(mine)
             and spared <= spare_nbytes
-            and all(
-                mine.workspace_nbytes <= theirs.workspace_nbytes and mine.work <= theirs.work
-                for mine, theirs in pairs
-            )
+            and all(a.workspace_nbytes <= b.workspace_nbytes and a.work <= b.work for a, b in pairs)
         )
 
     def expect(self, steps: int | None) -> Expected:
         """What a call with ``steps`` denoising steps will do; None: as many as this one."""
         pattern, costs = self._pattern_for(steps), self.costs
-        if steps and self.steps and steps != self.steps and pattern == self.pattern:
+        if steps and self.steps and steps != self.steps:
             costs = tuple(_for_steps(cost, self.steps, steps) for cost in costs)
         names, leaves = pattern.names, pattern.leaves
         return Expected(tuple(names[n] for n in leaves), tuple(costs[n] for n in leaves))
@@ -119,6 +135,15 @@ class Expected(NamedTuple):
 
     trace: tuple[str, ...]  # the unit that enters each use
     costs: tuple[Cost, ...]
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each use."""
+        last = {id(cost): at for at, cost in enumerate(self.costs)}
+        return [
+            cost.times.last if last[id(cost)] == at else cost.times.usual
+            for at, cost in enumerate(self.costs)
+        ]
 
     @property
     def works(self) -> list[int]:
@@ -143,13 +168,15 @@ class Expected(NamedTuple):
         sizes: dict[str, int] = {}
         uses = []
         segments = segments or self.trace
-        for name, segment, cost in zip(self.trace, segments, self.costs, strict=True):
+        for name, segment, cost, seconds in zip(
+            self.trace, segments, self.costs, self.seconds, strict=True
+        ):
             together = (*(needs or {}).get(name, ()), segment)
             sizes[segment] = max(1, nbytes[name])
             sizes.update((other, max(1, nbytes[other])) for other in together[:-1])
             room = max(0, budget_nbytes - sum(sizes[each] for each in together))
             workspace = cost.workspace_nbytes if cost.is_exact else min(cost.workspace_nbytes, room)
-            uses.append(Use(together, cost.seconds, workspace))
+            uses.append(Use(together, seconds, workspace))
         return build_plan(
             sizes, uses, budget_nbytes=budget_nbytes, bandwidth=bandwidth, cyclic=cyclic
         )
@@ -164,8 +191,10 @@ def _costs(pattern: Pattern, observed: Seq[Observed]) -> tuple[Cost, ...]:
 
 def _cost(uses: Seq[Observed]) -> Cost:
     known = [use.workspace_nbytes for use in uses if use.is_exact or use.is_sampled]
+    times = Times(median(use.seconds for use in uses), uses[-1].seconds)
     return Cost(
-        seconds=median(use.seconds for use in uses),
+        times=times,
+        measured=times,
         # Of mere bounds the lowest: what runs there is the same each time.
         workspace_nbytes=max(known) if known else min(use.workspace_nbytes for use in uses),
         is_exact=any(use.is_exact for use in uses),
@@ -174,23 +203,40 @@ def _cost(uses: Seq[Observed]) -> Cost:
     )
 
 
-def _kept(cost: Cost, known: tuple[int, int], seconds: float) -> Cost:
+def _kept(cost: Cost, known: tuple[int, int], times: Times) -> Cost:
     """``cost`` with what was ``known`` before (work, workspace), where that says more.
 
-    Of two times for as much work the shorter counts: the other has waited for something.
+    Of the ``times`` of two calls with as much work the shorter count: the other waited for
+    something.
     """
     work, workspace_nbytes = known
-    if cost.work <= work:
-        cost = cost._replace(seconds=min(cost.seconds, seconds))
-    if cost.work > work or (cost.is_exact and cost.workspace_nbytes > workspace_nbytes):
+    if cost.work > work:
         return cost
-    return cost._replace(work=work, workspace_nbytes=min(workspace_nbytes, cost.workspace_nbytes))
+    if cost.work < work:
+        return cost._replace(work=work, workspace_nbytes=max(workspace_nbytes, cost.least_nbytes))
+    cost = cost._replace(times=cost.times.at_most(times))
+    if cost.is_exact and cost.workspace_nbytes > workspace_nbytes:
+        return cost
+    return cost._replace(workspace_nbytes=min(workspace_nbytes, cost.workspace_nbytes))
+
+
+def _normal(cost: Cost, known: Cost, steps: int | None, normal: int | None) -> Cost:
+    """``cost``, of a call with ``steps``, as if with ``normal``; forwards that were not counted
+    are those that are ``known``."""
+    if not cost.forwards:
+        forwards = known.forwards
+        if steps and normal and steps != normal:
+            forwards = _for_steps(known, normal, steps).forwards
+        cost = cost._replace(forwards=forwards)
+    return _for_steps(cost, steps, normal) if steps and normal and steps != normal else cost
 
 
 def _for_steps(cost: Cost, before: int, now: int) -> Cost:
     """``cost`` of a use that runs once per step, if it seems to be one."""
-    if not cost.forwards or cost.forwards % before:
+    if not cost.forwards or cost.forwards % before or before == 1:
         return cost
     return cost._replace(
-        seconds=cost.seconds * now / before, forwards=cost.forwards // before * now
+        times=cost.times.scaled(now / before),
+        measured=cost.measured.scaled(now / before),
+        forwards=cost.forwards // before * now,
     )

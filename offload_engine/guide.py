@@ -29,6 +29,7 @@ class Guide(Protocol):
     """Leads one call."""
 
     watches_forwards: bool  # whether it wants to see every forward, not only the switches
+    samples: bool  # whether it wants to know what they allocate
     is_still: bool  # whether it moves nothing any more: then each unit need enter only once
 
     def enter(self, name: str, work: int, here: Mapping[str, int], needs: Seq[str] = ()) -> Move:
@@ -42,10 +43,11 @@ class Guide(Protocol):
 class Chain:
     """Chain mode's first call: what the cursor keeps, nothing else."""
 
-    watches_forwards = is_still = False
+    samples = is_still = False
 
-    def __init__(self, cursor: Cursor) -> None:
+    def __init__(self, cursor: Cursor, *, watches_forwards: bool = False) -> None:
         self.cursor = cursor
+        self.watches_forwards = watches_forwards
 
     def enter(self, name: str, work: int, here: Mapping[str, int], needs: Seq[str] = ()) -> Move:
         keep = self.cursor.enter(name)
@@ -60,7 +62,7 @@ class Careful:
     """Inside a budget, with workspaces that are not known: a unit that was not measured yet runs
     alone; beside one that was, others stay while there is room."""
 
-    watches_forwards, is_still = True, False
+    watches_forwards, samples, is_still = True, True, False
 
     def __init__(
         self,
@@ -100,26 +102,29 @@ class Planned:
 
     A unit that the plan does not expect here is fetched on demand, into the room of what the plan
     would not have here. If it has more to do than the plan knows (larger images), or is not in the
-    plan at all, everything else makes room.
+    plan at all, another guide decides.
     """
 
-    watches_forwards = False
+    watches_forwards = samples = False
 
     def __init__(
         self,
         plan: Plan,
         trace: Seq[str],
         works: Seq[int],
+        otherwise: Guide,
         unit_of: Mapping[str, str] | None = None,
     ) -> None:
         """``trace``: the unit that enters each use of ``plan``; ``works``: the largest work
-        measured for each. ``unit_of``: in chain mode the unit behind each segment of the plan;
-        then a segment that is not needed again is released, room or no room."""
+        measured for each; ``otherwise``: who decides what the plan does not know. ``unit_of``: in
+        chain mode the unit behind each segment of the plan; then a segment that is not needed
+        again is released, room or no room."""
         self.plan = plan
         self.follower = Follower(trace)
         self.is_still = not any(step.release or step.fetch for step in plan.steps)
         self.surprised = False  # the call did what the plan does not know
         self._works = works
+        self._otherwise = otherwise
         self._targets = _Targets(plan)
         self._unit_of = unit_of
         self._segment_of: dict[str, str] = {}  # of units in slots, where the names differ
@@ -132,12 +137,10 @@ class Planned:
     def enter(self, name: str, work: int, here: Mapping[str, int], needs: Seq[str] = ()) -> Move:
         expected = self.follower.at + 1
         at = self.follower.enter(name)
-        known = at is not None and work <= self._works[at]
-        if not known:
+        other = self._otherwise.enter(name, work, here, needs)
+        if at is None or work > self._works[at]:
             self.surprised, self.is_still = True, False
-        if at is None or not known:
-            needed = (*needs, name)
-            return Move([o for o in here if o not in needed], [n for n in needed if n not in here])
+            return other
         if self._unit_of is None:
             return self._enter(at, here, is_jump=at != expected)
         self._segment_of[name] = self.plan.uses[at].segments[0]

@@ -49,7 +49,8 @@ class Walker:
         self.opened: list[Unit] = []  # units that may run unasked, entered through their root
         self.at_door: Unit | None = None  # the unit that ran last, entered through a submodule
         self.inside: list[tuple[nn.Module, bool]] = []  # submodules entered; from the host?
-        self.stream: Any = None  # the key of the stream that `at_door` ran on
+        self.running: Unit | None = None  # the unit that ran last, while all forwards are watched
+        self.stream: Any = None  # the key of the stream that `at_door` or `running` ran on
         self.stream_key: Callable[[], Any] = lambda: None
         if residency.link is not None:
             self.stream_key = residency.link.current_key
@@ -79,9 +80,21 @@ class Walker:
                 return
             if unit.doors is not None:
                 unit.doors.disarm()
-            if not guide.watches_forwards:
+            if guide.watches_forwards:
+                self.running, self.stream = unit, key
+            else:
                 self.opened.append(unit)
                 unit.open_on = key
+
+    def runs_again(self, unit: Unit, work: int) -> bool:
+        """Whether ``unit`` is the one that ran last, and is only to be counted once more."""
+        if self.running is not unit or unit.state is not State.RESIDENT or unit.stale:
+            return False
+        mark = self.meter.marks[-1] if self.meter.marks else None
+        if mark is None or work > mark.work or self.stream_key() != self.stream:
+            return False
+        mark.forwards += 1
+        return True
 
     def _switch(self, unit: Unit, work: int, guide: Guide) -> None:
         residency, meter = self.residency, self.meter
@@ -93,14 +106,15 @@ class Walker:
         needs = [other.name for other in unit.needs]
         late = residency.enter(unit, guide.enter(unit.name, work, here, needs))
         if mark is not None and again:
-            mark.forwards += 1
+            mark.forwards += 1 if guide.watches_forwards else 0
             mark.work = max(mark.work, work)
         else:
-            meter.begin(Mark(unit.name, work), reached, late)
+            forwards = 1 if guide.watches_forwards else 0
+            meter.begin(Mark(unit.name, work, forwards), reached, late)
 
     def run(self, unit: Unit, bare: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs ``bare`` of a unit that was just entered, watched if the guide wants to know."""
-        if self.guide.watches_forwards and not _is_compiled(unit):
+        if self.guide.samples and not _is_compiled(unit):
             return self.meter.run(unit.name, bare, args, kwargs)
         return bare(*args, **kwargs)
 
@@ -109,7 +123,7 @@ class Walker:
         for unit in self.opened:
             unit.open_on = CLOSED
         self.opened.clear()
-        self.at_door = None
+        self.at_door = self.running = None
         self.inside.clear()
 
     def release_all(self) -> None:
@@ -161,7 +175,9 @@ class Entry:
         if walker.announced is unit and unit.state is State.RESIDENT and not unit.stale:
             walker.announced = None
         else:
-            walker.enter(unit, _elements([args, kwargs]))
+            work = _elements([args, kwargs])
+            if not walker.runs_again(unit, work):
+                walker.enter(unit, work)
         return to_device(args, self.device), to_device(kwargs, self.device)
 
     def close(self) -> None:

@@ -28,10 +28,10 @@ class Mark:
         "peak_after_nbytes", "peak_before_nbytes", "reached", "unit", "work",
     )  # fmt: skip
 
-    def __init__(self, unit: str, work: int) -> None:
+    def __init__(self, unit: str, work: int, forwards: int) -> None:
         self.unit = unit
         self.work = work  # elements in the arguments, at most: a measure of the activations
-        self.forwards = 1  # of those that were seen; some guides let all but the first pass
+        self.forwards = forwards  # 0: not counted, since the guide lets all but the first pass
         self.reached: torch.Event | None = None  # the use before has ended
         self.began: torch.Event | None = None  # its weights have landed
         self.ended: torch.Event | None = None

@@ -64,7 +64,8 @@ class Planner:
             if self.vram_nbytes is None:
                 names = _stretches(expected.trace, _sizes(units))
                 unit_of = dict(zip(names, expected.trace, strict=True))
-            return Planned(self.plan, expected.trace, expected.works, unit_of)
+            otherwise = self.guide_by_hand(chain, units, meter)
+            return Planned(self.plan, expected.trace, expected.works, otherwise, unit_of)
         return self.guide_by_hand(chain, units, meter)
 
     def guide_by_hand(

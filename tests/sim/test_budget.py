@@ -15,6 +15,7 @@ from torch import nn
 import offload_engine
 from benchmarks.pipelines import PIPELINES
 from offload_engine import sim
+from offload_engine.engine import _budgeted
 from offload_engine.hooks import Walker
 from offload_engine.plan import PlanError
 from offload_engine.residency import State
@@ -40,6 +41,8 @@ def quick():
 @pytest.fixture(autouse=True)
 def clean(sim_device):
     yield
+    for engine in list(_budgeted):  # of a test that failed: it would share its budget
+        engine.detach()
     gc.collect()
     assert not [found for found in sim.violations() if found.check not in ALLOWED]
     ALLOWED.clear()
@@ -559,8 +562,9 @@ def test_parts_run_by_hand_within_a_budget(sim_device, caplog):
 # ---- larger work, kept results
 
 
+@pytest.mark.parametrize("reset", [True, False], ids=["peaks reset", "peaks kept"])
 def test_a_larger_image_than_the_first_still_runs_and_is_planned_for_from_then_on(
-    sim_device, caplog
+    sim_device, caplog, reset
 ):
     """The budget holds the larger workspace only if everything but the denoiser leaves."""
     pipe, small, large = make(scratch={"unet": 600}), noise(4), noise(64)
@@ -582,17 +586,17 @@ def test_a_larger_image_than_the_first_still_runs_and_is_planned_for_from_then_o
             assert close(report.seconds, report.predicted_seconds)
     unet = next(use for use in engine.plan.uses if "unet" in use.segments)
     assert total_nbytes(pipe.unet) + unet.workspace_nbytes > 0.8 * budget
-    for _ in range(3):
-        assert torch.equal(pipe(small), expected[small])
-    for _ in range(2):
-        assert torch.equal(pipe(large), expected[large])
+    for x in (small, small, small, large, small, large, large):
+        if reset:
+            peak_from_here()  # each use of this call may then raise it, so it is known exactly
+        assert torch.equal(pipe(x), expected[x])
     assert not caplog.records
     engine.detach()
 
 
 @pytest.mark.parametrize("name", ["sdxl"])
 def test_a_real_pipeline_is_given_a_larger_image(sim_device, caplog, name):
-    case, size = PIPELINES[name], {"height": 48, "width": 48}
+    case, size, usual = PIPELINES[name], {"height": 48, "width": 48}, plain(name)
     pipe = fresh(name).to(sim_device)
     expected = case.run(pipe, STEPS, **size)
     del pipe
@@ -607,7 +611,7 @@ def test_a_real_pipeline_is_given_a_larger_image(sim_device, caplog, name):
         gc.collect()
         sim.configure(capacity_nbytes=budget, h2d_bandwidth=2e9)
         for _ in range(2):
-            assert torch.equal(torch.as_tensor(case.run(pipe, STEPS)), plain(name).output)
+            assert torch.equal(torch.as_tensor(case.run(pipe, STEPS)), usual.output)
         for number in range(3):
             call = measured(lambda: case.run(pipe, STEPS, **size))
             assert torch.equal(call.output, torch.as_tensor(expected))

@@ -150,7 +150,7 @@ def slow():
     return make(seconds={"te": 1e-4, "te2": 1e-4, "controlnet": 5e-5, "unet": 2e-4, "vae": 1e-4})
 
 
-LOOPS = ["unet", "controlnet unet", "unet unet", "controlnet unet vae"]
+LOOPS = ["unet", "controlnet unet", "unet unet", "controlnet unet te2"]
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
@@ -171,6 +171,18 @@ def test_another_number_of_steps_is_planned_for_without_a_call_to_learn_it(sim_d
             stalled = sum(c.stall_seconds for c in report.components.values())
             assert stalled <= plan.stall_seconds + 0.02 * plan.seconds
             assert abs(report.seconds - report.predicted_seconds) <= 0.02 * report.seconds, steps
+
+
+def test_a_preview_after_each_step_and_the_image_after_the_last_are_predicted(sim_device):
+    """The last round of the loop and what follows it are one use, longer than the others."""
+    pipe, x = slow(), noise()
+    with no_memory_left_over(), offload_engine.attach(pipe, vram="8GiB") as engine:
+        sim.configure(h2d_bandwidth=1e9)
+        for number in range(4):
+            pipe(x, loop="unet vae", num_inference_steps=6)
+            report = engine.report()
+            if number:
+                assert abs(report.seconds - report.predicted_seconds) <= 0.02 * report.seconds
 
 
 def test_chain_mode_plans_for_another_number_of_steps_too(sim_device):

@@ -1,0 +1,333 @@
+"""What the next call will do and cost, from what the last ones showed."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload_engine.errors import PlanError
+from offload_engine.forecast import Expected, Forecast, Observed
+
+SIZES = {"te": 30, "unet": 100, "vae": 20, "controlnet": 50}
+
+
+def use(unit, seconds=1.0, workspace=0, is_exact=True, is_sampled=False, work=1, forwards=1):
+    return Observed(
+        unit=unit,
+        seconds=seconds,
+        workspace_nbytes=workspace,
+        is_exact=is_exact,
+        is_sampled=is_sampled,
+        work=work,
+        forwards=forwards,
+    )
+
+
+def bound(unit, workspace, **more):
+    return use(unit, workspace=workspace, is_exact=False, **more)
+
+
+def cost_of(forecast, unit):
+    """The only cost of ``unit``."""
+    costs = zip(forecast.pattern.names, forecast.costs, strict=True)
+    (found,) = [cost for name, cost in costs if name == unit]
+    return found
+
+
+def after(*calls, steps=None):
+    """The forecast after some calls, each a list of uses."""
+    forecast = Forecast.of(calls[0], steps)
+    for call in calls[1:]:
+        forecast = forecast.updated(call, steps)
+    return forecast
+
+
+def image(seconds=2.0, steps=4, unet=10):
+    """A call in which one use of the unet has all steps."""
+    return [
+        use("te", 1.0, 5),
+        use("unet", seconds * steps, unet, forwards=steps),
+        use("vae", 1.0, 7),
+    ]
+
+
+# ---- the workspace
+
+
+def test_the_uses_of_one_loop_share_a_cost():
+    loop = [use("controlnet", 1.0, 5), use("unet", 2.0, 9)] * 4
+    forecast = after([use("te"), *loop, use("vae")])
+    assert str(forecast.pattern) == "te->4*(controlnet->unet)->vae"
+    cost = cost_of(forecast, "unet")
+    assert (cost.seconds, cost.workspace_nbytes, cost.is_exact) == (2.0, 9, True)
+    assert (cost.work, cost.forwards) == (1, 1)
+    assert len(forecast.expect(None).trace) == 10
+
+
+def test_the_seconds_of_a_loop_are_the_median_so_that_one_stall_does_not_count():
+    uses = [use("unet", seconds) for seconds in (9.0, 2.0, 2.0, 2.5)]
+    uses = [part for unet in uses for part in (use("te"), unet)]
+    assert cost_of(after(uses), "unet").seconds == 2.25
+
+
+def test_of_exact_workspaces_the_largest_counts():
+    call = [use("te"), use("unet", workspace=7), use("te"), use("unet", workspace=9)]
+    cost = cost_of(after(call), "unet")
+    assert (cost.workspace_nbytes, cost.is_exact) == (9, True)
+
+
+def test_an_exact_workspace_beats_every_bound():
+    call = [use("te"), bound("unet", 70), use("te"), use("unet", workspace=9)]
+    assert cost_of(after(call), "unet").workspace_nbytes == 9
+    call = [use("te"), bound("unet", 3), use("te"), use("unet", workspace=9)]
+    assert cost_of(after(call), "unet").workspace_nbytes == 9
+
+
+def test_of_mere_bounds_the_lowest_counts():
+    call = [use("te"), bound("unet", 70), use("te"), bound("unet", 50)]
+    cost = cost_of(after(call), "unet")
+    assert (cost.workspace_nbytes, cost.is_exact) == (50, False)
+
+
+def test_a_bound_that_is_no_better_changes_nothing():
+    cost = cost_of(after([bound("unet", 50)], [bound("unet", 70)]), "unet")
+    assert cost.workspace_nbytes == 50
+
+
+def test_a_lower_bound_replaces_a_higher():
+    assert cost_of(after([bound("unet", 70)], [bound("unet", 50)]), "unet").workspace_nbytes == 50
+
+
+def test_a_bound_does_not_replace_what_is_known_to_the_byte():
+    cost = cost_of(after([use("unet", workspace=40)], [bound("unet", 70)]), "unet")
+    assert (cost.workspace_nbytes, cost.is_exact) == (40, True)
+
+
+def test_an_exact_workspace_replaces_a_bound():
+    cost = cost_of(after([bound("unet", 70)], [use("unet", workspace=40)]), "unet")
+    assert (cost.workspace_nbytes, cost.is_exact) == (40, True)
+
+
+def test_an_exact_workspace_that_grew_is_believed():
+    cost = cost_of(after([use("unet", workspace=40)], [use("unet", workspace=60)]), "unet")
+    assert (cost.workspace_nbytes, cost.is_exact) == (60, True)
+
+
+def test_larger_work_begins_anew():
+    calls = [use("unet", workspace=40, work=1)], [bound("unet", 90, work=4)]
+    cost = cost_of(after(*calls), "unet")
+    assert (cost.workspace_nbytes, cost.work, cost.is_exact) == (90, 4, False)
+
+
+@pytest.mark.parametrize("make", [use, bound])
+def test_a_smaller_call_does_not_lower_what_a_larger_one_needs(make):
+    large, small = use("unet", workspace=90, work=4), make("unet", workspace=20, work=1)
+    cost = cost_of(after([large], [small]), "unet")
+    assert (cost.workspace_nbytes, cost.work) == (90, 4)
+    cost = cost_of(after([small], [large], [small]), "unet")
+    assert (cost.workspace_nbytes, cost.work) == (90, 4)
+
+
+def test_the_largest_use_of_a_unit_is_known_by_its_work():
+    forecast = after(
+        [use("vae", workspace=8, work=9), use("unet"), use("vae", workspace=30, work=2)]
+    )
+    assert forecast.known_workspaces() == {"vae": (9, 8), "unet": (1, 0)}
+
+
+def test_another_order_keeps_what_is_known_about_each_unit():
+    forecast = after(
+        [use("te", workspace=3), use("unet", workspace=40, work=4)],
+        [bound("unet", 60, work=4), bound("te", 2), bound("vae", 9)],
+    )
+    assert forecast.pattern.trace == ["unet", "te", "vae"]
+    assert forecast.known_workspaces() == {"unet": (4, 40), "te": (1, 2), "vae": (1, 9)}
+
+
+costs = st.builds(
+    use,
+    st.just("unet"),
+    st.just(1.0),
+    st.integers(0, 50),
+    st.booleans(),
+    st.just(False),
+    st.integers(1, 3),
+)
+
+
+@given(calls=st.lists(costs, min_size=1, max_size=6))
+@settings(max_examples=200, deadline=None)
+def test_whatever_was_seen_the_workspace_covers_what_was_exact_for_that_much_work(calls):
+    """``work`` and the workspace belong together: no smaller call explains a larger one."""
+    cost = cost_of(after(*[[call] for call in calls]), "unet")
+    assert cost.work == max(call.work for call in calls)
+    exact = [c.workspace_nbytes for c in calls if c.is_exact and c.work == cost.work]
+    bounds = [c.workspace_nbytes for c in calls if not c.is_exact and c.work == cost.work]
+    if not exact:
+        assert cost.workspace_nbytes == min(bounds)
+    elif not bounds:
+        assert min(exact) <= cost.workspace_nbytes <= max(exact)
+
+
+# ---- the seconds
+
+
+def test_of_the_times_of_two_calls_the_shorter_counts_since_the_other_has_waited():
+    assert cost_of(after([use("unet", 3.0)], [use("unet", 2.0)]), "unet").seconds == 2.0
+    assert cost_of(after([use("unet", 2.0)], [use("unet", 3.0)]), "unet").seconds == 2.0
+
+
+def test_a_unit_that_has_become_slower_is_believed_the_second_time():
+    assert cost_of(after([use("unet", 2.0)], *[[use("unet", 3.0)]] * 2), "unet").seconds == 3.0
+
+
+def test_larger_work_has_a_time_of_its_own():
+    calls = [use("unet", 2.0, work=1)], [use("unet", 8.0, work=4)]
+    assert cost_of(after(*calls), "unet").seconds == 8.0
+
+
+# ---- steps
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 7, 50])
+def test_a_loop_runs_once_for_each_step(steps):
+    loop = [use("controlnet", 0.5), use("unet", 2.0)] * 4
+    expected = after([use("te"), *loop, use("vae")], steps=4).expect(steps)
+    assert list(expected.trace) == ["te", *["controlnet", "unet"] * steps, "vae"]
+    assert sum(cost.seconds for cost in expected.costs) == 2.5 * steps + 2
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 7, 50])
+def test_a_use_with_a_forward_for_each_step_takes_as_much_longer(steps):
+    expected = after(image(steps=4), steps=4).expect(steps)
+    assert expected.trace == ("te", "unet", "vae")
+    assert [cost.seconds for cost in expected.costs] == [1.0, 2.0 * steps, 1.0]
+    assert expected.costs[1].forwards == steps
+
+
+def test_two_forwards_for_each_step_count_as_two():
+    expected = after([use("unet", 8.0, forwards=8)], steps=4).expect(10)
+    assert expected.costs[0][0] == 20.0 and expected.costs[0].forwards == 20
+
+
+def test_what_does_not_go_with_the_steps_stays_as_it_is():
+    expected = after([use("te", forwards=3), use("unet", 8.0, forwards=4)], steps=4).expect(8)
+    assert [cost.seconds for cost in expected.costs] == [1.0, 16.0]
+
+
+@pytest.mark.parametrize("unknown", [None, 0])
+def test_a_number_of_steps_that_is_not_known_means_as_many_as_before(unknown):
+    forecast = after(image(), steps=4)
+    assert forecast.expect(unknown) == forecast.expect(4)
+    forecast = after(image(), steps=unknown)
+    assert forecast.expect(9) == forecast.expect(None)
+
+
+def test_a_call_with_another_number_of_steps_is_taken_in_by_what_it_shows_per_step():
+    forecast = Forecast.of(image(2.0, steps=4), 4)
+    for steps in (8, 2, 1, 4):
+        forecast = forecast.updated(image(2.0, steps=steps), steps)
+        assert (forecast.steps, cost_of(forecast, "unet").seconds) == (4, 8.0)
+        assert forecast.expect(steps).costs[1].seconds == 2.0 * steps
+        assert forecast.expect(10).costs[1].seconds == 20.0
+
+
+def test_forwards_that_were_not_counted_are_those_known_from_before():
+    """Only a careful call counts them; a planned one lets all but the first pass unseen."""
+    forecast = Forecast.of(image(2.0, steps=4), 4)
+    for steps in (8, 8, 2, 4, 4):
+        call = [part._replace(forwards=0) for part in image(2.0, steps=steps)]
+        forecast = forecast.updated(call, steps)
+        assert cost_of(forecast, "unet").forwards == 4
+        assert forecast.expect(10).costs[1].seconds == 20.0
+
+
+def test_a_call_with_another_number_of_rounds_is_explained_by_the_pattern():
+    def call(steps):
+        return [use("te"), *[use("controlnet"), use("unet", 2.0, 9)] * steps, use("vae")]
+
+    forecast = Forecast.of(call(4), 4)
+    for steps in (9, 1, 2, 4):
+        forecast = forecast.updated(call(steps), steps)
+        assert str(forecast.pattern) == "te->4*(controlnet->unet)->vae"
+        assert len(forecast.expect(steps).trace) == 2 * steps + 2
+
+
+def test_a_call_that_the_pattern_does_not_explain_makes_a_new_one():
+    forecast = Forecast.of(image(), 4).updated([use("te"), use("vae")], 7)
+    assert (forecast.pattern.trace, forecast.steps) == (["te", "vae"], 7)
+
+
+# ---- is it as before?
+
+
+def test_a_forecast_is_like_itself_and_like_one_a_little_slower():
+    forecast = after(image(2.0), steps=4)
+    assert forecast.is_like(forecast, 0)
+    assert after(image(2.02), steps=4).is_like(forecast, 0)
+    assert not after(image(2.2), steps=4).is_like(forecast, 0)
+
+
+def test_other_steps_another_pattern_or_more_memory_are_not_alike():
+    forecast = after(image(), steps=4)
+    assert not after(image(), steps=5).is_like(forecast, 0)
+    assert not after(image()[:2], steps=4).is_like(forecast, 0)
+    assert not after(image(unet=11), steps=4).is_like(forecast, 0)
+    large = [part._replace(work=2) for part in image()]
+    assert not after(large, steps=4).is_like(forecast, 0)
+
+
+def test_less_memory_is_alike_until_there_is_something_to_gain():
+    forecast = after(image(unet=100), steps=4)
+    less = after(image(unet=90), steps=4)
+    assert less.is_like(forecast, 10) and less.is_like(forecast, 50)
+    assert not less.is_like(forecast, 9)
+    assert not forecast.is_like(less, 50)
+
+
+# ---- the plan for it
+
+
+def expected_of(*uses):
+    return after(list(uses)).expect(None)
+
+
+def test_the_plan_has_a_use_for_each_in_the_trace():
+    expected = expected_of(use("te", 1.0, 5), use("unet", 4.0, 10), use("vae", 1.0, 7))
+    assert isinstance(expected, Expected) and expected.works == [1, 1, 1]
+    plan = expected.plan(SIZES, budget_nbytes=130, bandwidth=10.0, cyclic=True)
+    assert [u.segments for u in plan.uses] == [("te",), ("unet",), ("vae",)]
+    assert [u.workspace_nbytes for u in plan.uses] == [5, 10, 7]
+    assert plan.cyclic and plan.budget_nbytes == 130 and plan.peak_nbytes <= 130
+
+
+def test_segments_may_have_names_of_their_own():
+    expected = expected_of(use("vae"), use("unet"), use("vae"))
+    names = ("vae in stage 1", "unet in stage 2", "vae in stage 3")
+    plan = expected.plan(SIZES, budget_nbytes=130, bandwidth=10.0, segments=names)
+    assert [u.segments for u in plan.uses] == [(name,) for name in names]
+    assert plan.nbytes == {names[0]: 20, names[1]: 100, names[2]: 20}
+    assert plan.fetched_nbytes == 140
+
+
+def test_a_bound_too_high_for_the_budget_is_taken_to_fill_it():
+    plan = expected_of(bound("unet", 90)).plan(SIZES, budget_nbytes=130, bandwidth=10.0)
+    assert plan.uses[0].workspace_nbytes == 30
+    plan = expected_of(bound("unet", 90)).plan(SIZES, budget_nbytes=230, bandwidth=10.0)
+    assert plan.uses[0].workspace_nbytes == 90
+
+
+def test_what_is_known_to_need_more_than_the_budget_is_refused():
+    expected = expected_of(use("unet", workspace=40))
+    with pytest.raises(PlanError, match="unet") as error:
+        expected.plan(SIZES, budget_nbytes=139, bandwidth=10.0)
+    assert (error.value.needed_nbytes, error.value.budget_nbytes) == (140, 139)
+    expected = expected_of(bound("unet", 40))
+    with pytest.raises(PlanError, match="unet"):
+        expected.plan(SIZES, budget_nbytes=99, bandwidth=10.0)
+
+
+def test_a_unit_without_weights_can_be_planned():
+    plan = expected_of(use("te"), use("unet")).plan(
+        {"te": 0, "unet": 100}, budget_nbytes=101, bandwidth=10.0, cyclic=True
+    )
+    assert plan.seconds == 2.0
