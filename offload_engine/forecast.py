@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from math import inf
@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 from .plan import Plan, Use, build_plan
 from .sequence import Pattern
-
-_AS_BEFORE = 0.02  # seconds that differ by less than this part of the call need no new plan
 
 
 class Observed(NamedTuple):
@@ -101,9 +99,18 @@ class Forecast:
             found[name] = max(found.get(name, here), here)
         return found
 
-    def is_like(self, other: Forecast, spare_nbytes: float) -> bool:
-        """Whether a plan made for ``other`` serves this one as well, and a new one would have less
-        than ``spare_nbytes`` of room more."""
+    def without(self, units: Collection[str]) -> Forecast:
+        """This forecast with the workspaces of ``units`` forgotten: whatever they do is more."""
+        names = self.pattern.names
+        costs = tuple(
+            cost._replace(work=-1) if name in units else cost
+            for name, cost in zip(names, self.costs, strict=True)
+        )
+        return Forecast(self.pattern, self.steps, costs)
+
+    def is_like(self, other: Forecast, spare_nbytes: float, tolerance: float) -> bool:
+        """Whether a plan made for ``other`` serves this one as well: its seconds differ by no more
+        than ``tolerance``, and a new one would have less than ``spare_nbytes`` of room more."""
         if (self.pattern, self.steps) != (other.pattern, other.steps):
             return False
         mine, theirs = self.expect(None).seconds, other.expect(None).seconds
@@ -111,7 +118,7 @@ class Forecast:
         pairs = list(zip(self.costs, other.costs, strict=True))
         spared = max((b.workspace_nbytes - a.workspace_nbytes for a, b in pairs), default=0)
         return (
-            change <= _AS_BEFORE * sum(mine)
+            change <= tolerance * sum(mine)
             and spared <= spare_nbytes
             and all(a.workspace_nbytes <= b.workspace_nbytes and a.work <= b.work for a, b in pairs)
         )

@@ -17,6 +17,8 @@ from .sequence import stages_of
 from .units import format_nbytes
 
 _SPARE = 1 / 256  # of the budget: for less room a new plan is not worth its making
+_AS_BEFORE = 0.02  # nor for seconds that differ by less than this part of the call
+_AS_IN_FIRST = 1e-3  # the same, after the first call that was planned
 
 _log = logging.getLogger("offload_engine")
 
@@ -37,6 +39,7 @@ class Planner:
         self._bandwidth = 0.0
         self._chain_peak_nbytes = 0
         self._steps: int | None = None
+        self._planned_calls = 0  # in a row, that went as planned
         self._planned_for: tuple[Forecast, int | None, int, float, dict[str, int]] | None = None
         self._last: tuple[Guide, Meter, deque[Event], frozenset[str]] | None = None
 
@@ -113,6 +116,7 @@ class Planner:
             if _went_as_planned(guide):
                 return
             ended.synchronize()
+        self._planned_calls = self._planned_calls + 1 if _went_as_planned(guide) else 0
         observed = []
         for mark in meter.marks:
             workspace, is_exact = mark.workspace_nbytes(meter.outside_nbytes)
@@ -141,6 +145,11 @@ class Planner:
 
     def _make_plan(self, units: Collection[Unit], steps: int | None, outside_nbytes: int) -> None:
         nbytes = _sizes(units)
+        if self._forecast is not None and self._planned_for is not None:
+            before = self._planned_for[4]
+            grown = {n for n in nbytes.keys() & before.keys() if nbytes[n] != before[n]}
+            if grown:  # cast, or with an adapter: its activations may be others, too
+                self._forecast = self._forecast.without(grown)
         forecast = self._forecast
         if (
             forecast is None
@@ -152,7 +161,8 @@ class Planner:
         is_chain = self.vram_nbytes is None
         budget = self._chain_peak_nbytes if is_chain else self._budget(outside_nbytes)
         asked = (forecast, steps, budget, self._bandwidth, dict(nbytes))
-        if self.plan is not None and _is_same(self._planned_for, asked):
+        tolerance = _AS_BEFORE if self._planned_calls > 1 else _AS_IN_FIRST
+        if self.plan is not None and _is_same(self._planned_for, asked, tolerance):
             return
         expected = forecast.expect(steps)
         try:
@@ -200,11 +210,12 @@ def _stretches(trace: Seq[str], nbytes: Mapping[str, int]) -> list[str]:
 def _is_same(
     before: tuple[Forecast, int | None, int, float, dict[str, int]] | None,
     now: tuple[Forecast, int | None, int, float, dict[str, int]],
+    tolerance: float,
 ) -> bool:
     """Whether a plan made for ``before`` serves ``now``."""
     return (
         before is not None
-        and now[0].is_like(before[0], _SPARE * now[2])
+        and now[0].is_like(before[0], _SPARE * now[2], tolerance)
         and now[1:3] == before[1:3]
         and now[4] == before[4]
         and abs(now[3] - before[3]) <= 0.02 * before[3]

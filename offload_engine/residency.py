@@ -556,10 +556,13 @@ class Residency:
                 self.release(other)
 
     def settle_all(self, units: Iterable[Unit]) -> None:
-        """Releases those of ``units`` whose weights changed places since the last call."""
-        for unit in units:
-            if unit.state is State.UNSETTLED or (
-                self.link is not None and unit.state is State.RESIDENT and not unit.is_whole
+        """Takes in what became of ``units`` since the last call: weights that moved or changed
+        their size. Those that are not whole on the device are released."""
+        for unit in units if self.link is not None else ():
+            if unit.state is State.HOST:
+                unit.to_host(self.link, self._copied(unit))
+            elif unit.state is State.UNSETTLED or (
+                unit.state is State.RESIDENT and not unit.is_whole
             ):
                 self.release(unit)
 

@@ -115,11 +115,12 @@ def test_a_planned_call_takes_the_time_and_the_bytes_of_its_plan(
             for plan_seconds in (report.predicted_seconds, engine.plan.seconds):
                 assert close(call.seconds, plan_seconds)
                 assert close(report.seconds, plan_seconds)
-            assert report.bound_seconds <= report.seconds * 1.001  # bits of the clock
+            # The bound was made from the times of the call before.
+            assert report.bound_seconds <= report.seconds * 1.005
             assert report.efficiency == report.bound_seconds / report.seconds
-            assert 0.5 < report.efficiency <= 1.001
-            own_nbytes = expected.moved.h2d_nbytes
-            assert call.moved.h2d_nbytes == engine.plan.fetched_nbytes + own_nbytes
+            assert 0.5 < report.efficiency <= 1.005
+            weights_nbytes = call.moved.h2d_nbytes - expected.moved.h2d_nbytes
+            assert abs(weights_nbytes - engine.plan.fetched_nbytes) <= 16  # split at whole bytes
             assert call.moved.d2h_nbytes == expected.moved.d2h_nbytes
     # What a scheduler leaves on the device, some bytes, is not the engine's to use.
     assert budget - 1000 <= engine.plan.budget_nbytes <= budget
