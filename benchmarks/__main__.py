@@ -19,7 +19,7 @@ import torch
 
 from offload_engine import sim
 
-from . import attaching, fast_path, growth, movement, noticing
+from . import attaching, fast_path, growth, movement, noticing, planner, streaming
 from .children import write_result
 from .pipelines import PIPELINES
 from .provenance import provenance
@@ -130,12 +130,31 @@ def measure_growth(options: argparse.Namespace, found: Findings) -> None:
             found.target(name, "0", str(held), held <= 0)
 
 
+def measure_streaming(options: argparse.Namespace, found: Findings) -> None:
+    """(f) Streaming under budgets, beside group and sequential offload."""
+    results = streaming.measure_all()
+    print(streaming.show(results))
+    found.data["streaming"] = [result.to_dict() for result in results]
+    ours = [result for result in results if result.bound_seconds]
+    worst = max(result.seconds / (result.bound_seconds or 1.0) for result in ours)
+    found.target("streamed call, part of the bound", "<= 1.05", f"{worst:.3f}", worst <= 1.05)
+    same = [result.same_bits for result in results if result.bound_seconds]
+    found.target("streamed with the same bits", str(len(same)), str(sum(same)), all(same))
+
+
+def measure_planner(options: argparse.Namespace, found: Findings) -> None:
+    """(g) The planner: quality against exact solutions, and speed."""
+    planner.main(["--quick"])
+
+
 PARTS: dict[str, Callable[[argparse.Namespace, Findings], None]] = {
     "fast_path": measure_fast_path,
     "movement": measure_movement,
     "attaching": measure_attaching,
     "noticing": measure_noticing,
     "growth": measure_growth,
+    "streaming": measure_streaming,
+    "planner": measure_planner,
 }
 
 

@@ -112,11 +112,11 @@ def growth(most: int) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer instances, shorter loops")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write all rows as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     results = {
         "small": small(100 if args.quick else 1000),
         "flux": image(4 if args.quick else 28),

@@ -23,6 +23,9 @@ def modules(pipe: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
+Way = Callable[..., "Placed"]  # (pipe, device, seq=None)
+
+
 @dataclass(frozen=True)
 class Placed:
     """A pipeline that is ready to run in one of the ways."""
@@ -52,6 +55,45 @@ def engine(pipe: Any, device: torch.device, seq: str | None = None) -> Placed:
     """This engine, in chain mode."""
     attached = offload_engine.attach(pipe, seq, device=device)
     return Placed(attached.detach, attached)
+
+
+def budgeted(vram: int) -> Way:
+    """This engine with a budget."""
+
+    def place(pipe: Any, device: torch.device, seq: str | None = None) -> Placed:
+        attached = offload_engine.attach(pipe, seq, device=device, vram=vram)
+        return Placed(attached.detach, attached)
+
+    return place
+
+
+def sequential(pipe: Any, device: torch.device, seq: str | None = None) -> Placed:
+    """accelerate's offload of every module on its own."""
+    pipe.enable_sequential_cpu_offload(device=device)
+    return Placed(pipe.remove_all_hooks)
+
+
+def group_offload(pipe: Any, device: torch.device, seq: str | None = None) -> Placed:
+    """diffusers' group offload, block by block with a copy stream."""
+    pipe.enable_group_offload(
+        onload_device=device,
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        use_stream=True,
+    )
+    return Placed(lambda: None)
+
+
+def group_offload_recording(pipe: Any, device: torch.device, seq: str | None = None) -> Placed:
+    """The same with ``record_stream``."""
+    pipe.enable_group_offload(
+        onload_device=device,
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        use_stream=True,
+        record_stream=True,
+    )
+    return Placed(lambda: None)
 
 
 class PinnedChain:
@@ -127,17 +169,19 @@ def pinned_chain(pipe: Any, device: torch.device, seq: str | None = None) -> Pla
     return Placed(PinnedChain(pipe, device).detach)
 
 
-Way = Callable[..., Placed]  # (pipe, device, seq=None)
 WAYS: dict[str, Way] = {
     "no offload": resident,
     "accelerate": accelerate,
     "this engine": engine,
     "pinned chain": pinned_chain,
+    "sequential": sequential,
+    "group offload": group_offload,
+    "group, recording": group_offload_recording,
 }
 
 
 def why_missing(way: str) -> str | None:
     """Why ``way`` cannot be had here; None where it can."""
-    if way == "accelerate" and importlib.util.find_spec("accelerate") is None:
+    if way in ("accelerate", "sequential") and importlib.util.find_spec("accelerate") is None:
         return "accelerate is not installed"
     return None

@@ -153,6 +153,10 @@ class Expected(NamedTuple):
         ]
 
     @property
+    def forwards(self) -> list[int]:
+        return [cost.forwards for cost in self.costs]
+
+    @property
     def works(self) -> list[int]:
         return [cost.work for cost in self.costs]
 

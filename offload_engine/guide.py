@@ -22,7 +22,7 @@ class Move(NamedTuple):
 
     release: Seq[str]
     fetch: Seq[str]  # in this order; the unit that runs is among them, or is there
-    copy_nbytes: float = inf  # as much may be queued ahead of need ([Note: pacing], transfers.py)
+    copy_nbytes: float = inf  # to queue ahead of need at each forward ([Note: pacing])
 
 
 class Guide(Protocol):
@@ -114,16 +114,18 @@ class Planned:
         works: Seq[int],
         otherwise: Guide,
         unit_of: Mapping[str, str] | None = None,
+        forwards: Seq[int] = (),
     ) -> None:
         """``trace``: the unit that enters each use of ``plan``; ``works``: the largest work
         measured for each; ``otherwise``: who decides what the plan does not know. ``unit_of``: in
         chain mode the unit behind each segment of the plan; then a segment that is not needed
-        again is released, room or no room."""
+        again is released, room or no room. ``forwards``: of each use, where that is known."""
         self.plan = plan
         self.follower = Follower(trace)
         self.is_still = not any(step.release or step.fetch for step in plan.steps)
         self.surprised = False  # the call did what the plan does not know
         self._works = works
+        self._forwards = forwards
         self._otherwise = otherwise
         self._targets = _Targets(plan)
         self._unit_of = unit_of
@@ -179,7 +181,8 @@ class Planned:
             rest.sort(key=lambda s: (s in target, s in nbytes, -self._targets.next_use(s, at)))
             kept = sum(here[s] for s in here if s in use.segments)
             release += _fit(rest, here, room - kept)
-        return Move(release, fetch, use.seconds * self.plan.bandwidth)
+        forwards = max(1, self._forwards[at]) if self._forwards else 1
+        return Move(release, fetch, use.seconds * self.plan.bandwidth / forwards)
 
     def wraps(self, name: str) -> bool:
         return False

@@ -49,7 +49,7 @@ class Walker:
         self.opened: list[Unit] = []  # units that may run unasked, entered through their root
         self.at_door: Unit | None = None  # the unit that ran last, entered through a submodule
         self.inside: list[tuple[nn.Module, bool]] = []  # submodules entered; from the host?
-        self.running: Unit | None = None  # the unit that ran last, while all forwards are watched
+        self.running: Unit | None = None  # the unit that ran last, while every forward matters
         self.stream: Any = None  # the key of the stream that `at_door` or `running` ran on
         self.stream_key: Callable[[], Any] = lambda: None
         if residency.link is not None:
@@ -80,20 +80,27 @@ class Walker:
                 return
             if unit.doors is not None:
                 unit.doors.disarm()
-            if guide.watches_forwards:
+            if guide.watches_forwards or residency.has_more:
                 self.running, self.stream = unit, key
             else:
                 self.opened.append(unit)
                 unit.open_on = key
 
     def runs_again(self, unit: Unit, work: int) -> bool:
-        """Whether ``unit`` is the one that ran last, and is only to be counted once more."""
+        """Whether ``unit`` is the one that ran last: then it is counted, and copies go on."""
         if self.running is not unit or unit.state is not State.RESIDENT or unit.stale:
             return False
         mark = self.meter.marks[-1] if self.meter.marks else None
         if mark is None or work > mark.work or self.stream_key() != self.stream:
             return False
-        mark.forwards += 1
+        if self.guide.watches_forwards:
+            mark.forwards += 1
+            return True
+        with self.residency.lock:
+            self.residency.queue_part()
+            if not self.residency.has_more:
+                self.opened.append(unit)
+                unit.open_on = self.stream
         return True
 
     def _switch(self, unit: Unit, work: int, guide: Guide) -> None:

@@ -68,7 +68,14 @@ class Planner:
                 names = _stretches(expected.trace, _sizes(units))
                 unit_of = dict(zip(names, expected.trace, strict=True))
             otherwise = self.guide_by_hand(chain, units, meter)
-            return Planned(self.plan, expected.trace, expected.works, otherwise, unit_of)
+            return Planned(
+                self.plan,
+                expected.trace,
+                expected.works,
+                otherwise,
+                unit_of,
+                expected.forwards,
+            )
         return self.guide_by_hand(chain, units, meter)
 
     def guide_by_hand(

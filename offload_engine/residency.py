@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import functools
 import itertools
+import math
 import operator
 import threading
 import time
@@ -391,6 +392,11 @@ class Unit:
         return self._snapshot.counts_versions
 
     @property
+    def is_settled(self) -> bool:
+        """Whether a quick look shows that every weight still is its master."""
+        return self._snapshot.all_on_host()
+
+    @property
     def is_whole(self) -> bool:
         """Whether the modules hold the weights in the slot and no others."""
         if self.state is not State.RESIDENT or self.stale:
@@ -542,6 +548,7 @@ class Residency:
         self.lock = threading.RLock()
         self.busy = False  # a call is under way
         self._started: deque[Fetch] = deque()  # with copies that may not be queued yet
+        self._part_nbytes = math.inf
         _residencies.add(self)
 
     @property
@@ -559,7 +566,7 @@ class Residency:
         """Takes in what became of ``units`` since the last call: weights that moved or changed
         their size. Those that are not whole on the device are released."""
         for unit in units if self.link is not None else ():
-            if unit.state is State.HOST:
+            if unit.state is State.HOST and not unit.is_settled:
                 unit.to_host(self.link, self._copied(unit))
             elif unit.state is State.UNSETTLED or (
                 unit.state is State.RESIDENT and not unit.is_whole
@@ -580,7 +587,8 @@ class Residency:
         late = False
         for each in needed:
             late = self._make_ready(each, needed) or late
-        self._queue(move.copy_nbytes)
+        self._part_nbytes = move.copy_nbytes
+        self.queue_part()
         self.note("use", unit, 0)
         return late
 
@@ -589,6 +597,15 @@ class Residency:
         for name in names:
             self._start(self.units[name], ())
         self._queue(nbytes)
+
+    def queue_part(self) -> None:
+        """Queues what the move of this use has for each of its forwards."""
+        self._queue(self._part_nbytes)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether copies are left to queue."""
+        return bool(self._started)
 
     def _queue(self, nbytes: float) -> None:
         """Queues copies of ``nbytes``, of the fetches that began first."""

@@ -9,9 +9,9 @@ it; then the allocator may lend the memory anew on that stream without any ``rec
 host never waits.
 
 [Note: pacing] Copies in one direction are first come, first served: a prompt's few bytes, uploaded
-by the pipeline itself, wait behind every gigabyte that is queued ahead of need. So at each switch
-only as much is queued as the link can copy during the use that begins there. Then such an upload
-waits until about the end of that use, when what it is for could begin anyway.
+by the pipeline itself, wait behind every gigabyte that is queued ahead of need. So at each forward
+only as much is queued as the link can copy during that forward. Then such an upload waits until
+about its end, when what it is for could begin anyway.
 """
 
 from __future__ import annotations

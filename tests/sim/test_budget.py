@@ -4,9 +4,11 @@ Wherever memory is short the simulated device has exactly the budget: one byte m
 of memory.
 """
 
+import contextlib
 import copy
 import functools
 import gc
+import threading
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from offload_engine.plan import PlanError
 from offload_engine.residency import State
 
 from .conftest import total_nbytes
-from .miniature import Part, make, measured, noise, unoffloaded
+from .miniature import Miniature, Part, make, measured, noise, unoffloaded
 
 ALLOWED = set()  # violations that a test has reasons for
 TIGHT = 340_000  # a budget that holds the denoiser of `make` and one encoder
@@ -909,3 +911,197 @@ def test_a_component_that_outgrows_its_slot_is_planned_with_its_new_size(sim_dev
         report = engine.report()
         assert close(report.seconds, report.predicted_seconds)
     assert not caplog.records
+
+
+# ---- beside others
+
+
+@pytest.mark.parametrize("vram", [TIGHT, "8GiB"])
+def test_a_pipeline_may_be_called_in_the_middle_of_a_call_of_another(sim_device, vram):
+    outer, inner, x = make(), make(seed=1), noise()
+    expected = [unoffloaded(pipe, x).output for pipe in (outer, inner)]
+    results = []
+
+    def on_step(pipe, step):
+        if step % 2:
+            results.append(inner(x))
+
+    with offload_engine.attach(outer, vram=vram) as one, offload_engine.attach(inner, vram=vram):
+        sim.configure(capacity_nbytes=TIGHT if vram == TIGHT else 2**30)
+        for _ in range(3):
+            assert torch.equal(outer(x, on_step=on_step), expected[0])
+            assert torch.equal(inner(x), expected[1])
+        assert len(results) == 6 and all(torch.equal(each, expected[1]) for each in results)
+        for _ in range(3):
+            assert torch.equal(outer(x), expected[0])
+        assert one.report().predicted_seconds is not None
+
+
+def test_a_call_in_another_thread_between_two_steps_disturbs_nobody(sim_device):
+    one, other, x = make(), make(seed=1), noise()
+    expected = [unoffloaded(pipe, x).output for pipe in (one, other)]
+
+    def on_step(pipe, step):
+        if step == 1:
+            found = []
+            thread = threading.Thread(target=lambda: found.append(other(x)))
+            thread.start(), thread.join()
+            assert torch.equal(found[0], expected[1])
+
+    with offload_engine.attach(one, vram=TIGHT), offload_engine.attach(other, vram=TIGHT):
+        for _ in range(3):
+            assert torch.equal(one(x, on_step=on_step), expected[0])
+            assert torch.equal(one(x), expected[0])
+
+
+def test_after_running_out_of_memory_beside_what_a_budget_keeps_the_next_try_has_the_room(
+    sim_device,
+):
+    """Weights get their room at once; activations are not the engine's to allocate."""
+    kept, chain, x = make(), make(scratch={"vae": 1000}, seed=1), noise(64)
+    expected = [unoffloaded(pipe, x).output for pipe in (kept, chain)]
+    budget = sum(total_nbytes(part) for part in kept.components.values())
+    with offload_engine.attach(kept, vram=budget) as engine, offload_engine.attach(chain):
+        sim.configure(capacity_nbytes=budget)
+        for _ in range(2):
+            assert torch.equal(kept(x), expected[0])
+        assert engine.resident
+        try:
+            output = chain(x)
+        except torch.OutOfMemoryError:
+            gc.collect()
+            output = chain(x)
+        assert torch.equal(output, expected[1])
+        assert torch.equal(kept(x), expected[0])
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside another"])
+def test_a_pipeline_that_is_dropped_takes_its_weights_along(sim_device, alone):
+    """Also where another one shares the budget."""
+    kept, dropped, x = make(), make(seed=1), noise()
+    expected = unoffloaded(kept, x)
+    with contextlib.nullcontext() if alone else offload_engine.attach(kept, vram="8GiB"):
+        engines = [] if alone else [kept._offload_engine]
+        kept(x)
+        pinned_nbytes = sim.counters().pinned_nbytes
+        offload_engine.attach(dropped, vram="8GiB")
+        dropped(x)
+        torch.accelerator.synchronize()
+        del dropped
+        gc.collect()
+        for engine in engines:
+            engine.release()
+        assert torch.accelerator.memory_allocated() == 0
+        assert sim.counters().pinned_nbytes == pinned_nbytes
+        assert torch.equal(kept(x), expected.output)
+
+
+@pytest.mark.parametrize("vram", [TIGHT, "8GiB"])
+def test_a_pipeline_may_be_dropped_while_its_next_weights_are_on_their_way(sim_device, vram):
+    """Their slots must not be lent anew while the copy stream still writes to them."""
+    pipe, x = make(), noise()
+    offload_engine.attach(pipe, vram=vram)
+    sim.configure(h2d_bandwidth=1e8)
+    pipe(x)
+    del pipe
+    gc.collect()
+    torch.zeros(100_000, device=sim_device)
+    torch.accelerator.synchronize()
+    assert torch.accelerator.memory_allocated() == 0
+
+
+def test_each_device_has_a_budget_of_its_own(sim_device):
+    pipes, x = [make(), make(seed=1)], noise()
+    expected = [unoffloaded(pipe, x).output for pipe in pipes]
+    engines = [
+        offload_engine.attach(pipe, vram=TIGHT, gpu_id=index) for index, pipe in enumerate(pipes)
+    ]
+    for _ in range(3):
+        for pipe, output in zip(pipes, expected, strict=True):
+            assert torch.equal(pipe(x), output)
+    kept = [engine.resident for engine in engines]
+    assert all(kept)
+    engines[0].detach()
+    assert engines[1].resident == kept[1]
+    assert torch.equal(pipes[1](x), expected[1])
+    engines[1].detach()
+
+
+def test_on_the_cpu_a_budget_is_legal_and_nothing_moves(sim_device):
+    pipe, x = make(), noise()
+    expected = pipe(x)
+    before = sim.counters()
+    for vram in ("8GiB", TIGHT, "auto"):
+        with offload_engine.attach(pipe, device="cpu", vram=vram) as engine:
+            for _ in range(3):
+                assert torch.equal(pipe(x), expected)
+            engine.report(), engine.release()
+    assert sim.counters().since(before).h2d_nbytes == 0
+
+
+def test_what_is_excluded_from_offload_stays_and_counts(sim_device, caplog, monkeypatch):
+    monkeypatch.setattr(Miniature, "_exclude_from_cpu_offload", ["te2"])
+    monkeypatch.setattr(Miniature, "model_cpu_offload_seq", "te->controlnet->unet->vae")
+    pipe, x = make(), noise()
+    expected = unoffloaded(pipe, x)
+    budget = total_nbytes(pipe.te2) + TIGHT
+    with offload_engine.attach(pipe, vram=budget) as engine:
+        sim.configure(capacity_nbytes=budget)
+        for _ in range(4):
+            assert torch.equal(pipe(x), expected.output)
+            assert "te2" in engine.resident
+        report = engine.report()
+        assert close(report.seconds, report.predicted_seconds)
+    assert not caplog.records
+
+
+# ---- another number of steps
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_a_real_pipeline_with_another_number_of_steps_is_planned_for_at_once(sim_device, name):
+    case, budget = PIPELINES[name], between(name, 0.45)
+    pipe = fresh(name)
+    with offload_engine.attach(pipe, case.seq, vram=budget) as engine:
+        sim.configure(capacity_nbytes=budget, h2d_bandwidth=1e9)
+        case.run(pipe, 3)
+        for steps in (5, 2, 3, 3, 8):
+            call, report = measured(lambda steps=steps: case.run(pipe, steps)), engine.report()
+            assert report.predicted_seconds is not None
+            assert close(report.seconds, report.predicted_seconds, 0.03), steps
+            assert close(call.seconds, report.predicted_seconds, 0.03), steps
+            if steps == 2:
+                assert torch.equal(call.output, plain(name).output)
+
+
+@pytest.mark.parametrize("vram", [None, TIGHT, "8GiB"])
+def test_a_first_call_that_has_to_warm_up_is_not_what_is_predicted(sim_device, vram):
+    """Kernels are loaded, tuned or compiled in it. Where everything fits nothing moves any more:
+    all the same that must be seen once."""
+    pipe, x = make(seconds={"te": 1e-4, "te2": 1e-4, "unet": 1e-4, "vae": 1e-4}), noise()
+    with offload_engine.attach(pipe, vram=vram) as engine:
+        pipe(x, on_step=lambda pipe, step: sim.spend(1e-2))
+        for _ in range(3):
+            pipe(x)
+        report = engine.report()
+        assert close(report.seconds, report.predicted_seconds)
+        assert report.efficiency <= 1.005
+
+
+def test_chain_mode_too_sees_that_a_component_has_grown(sim_device):
+    pipe, x = hungry(), noise(64)
+    with offload_engine.attach(pipe):
+        peak_from_here()
+        pipe(x)
+        pipe.te.to(torch.float64), pipe.te2.to(torch.float64), pipe.vae.to(torch.float64)
+        pipe(x)
+        first_peak_nbytes = torch.accelerator.max_memory_allocated()
+    pipe = hungry()
+    with offload_engine.attach(pipe):
+        for _ in range(3):
+            pipe(x)
+        pipe.te.to(torch.float64), pipe.te2.to(torch.float64), pipe.vae.to(torch.float64)
+        for _ in range(2):
+            peak_from_here()
+            pipe(x)
+            assert torch.accelerator.max_memory_allocated() <= first_peak_nbytes

@@ -197,3 +197,16 @@ def test_chain_mode_plans_for_another_number_of_steps_too(sim_device):
             assert report.predicted_seconds is not None
             assert abs(report.seconds - report.predicted_seconds) <= 0.02 * report.seconds, steps
             assert all(c.fetches <= 1 for c in report.components.values())
+
+
+def test_after_a_call_that_was_not_as_planned_the_steps_still_count(sim_device):
+    pipe, twin, x = slow(), make(), noise()
+    with no_memory_left_over(), offload_engine.attach(pipe, vram=340_000) as engine:
+        sim.configure(h2d_bandwidth=1e9)
+        pipe(x, num_inference_steps=4)
+        for call in ({"first": "te"}, {"first": "te te2 controlnet"}, {"last": "vae te"}):
+            for steps in (4, 4, 9, 6):
+                output = pipe(x, num_inference_steps=steps, **call)
+                assert torch.equal(output, twin(x, num_inference_steps=steps, **call))
+            report = engine.report()
+            assert abs(report.seconds - report.predicted_seconds) <= 0.02 * report.seconds

@@ -1,0 +1,540 @@
+"""Streaming: components that are larger than the budget run block by block, as planned.
+
+Wherever memory is short the simulated device has exactly the budget: one byte more and it is out
+of memory.
+"""
+
+import bisect
+import copy
+import functools
+import gc
+from typing import NamedTuple
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from torch import nn
+
+import offload_engine
+from benchmarks.pipelines import PIPELINES, flux
+from benchmarks.pipelines.case import finish, seeded
+from offload_engine import sim
+from offload_engine.engine import _budgeted
+from offload_engine.errors import ComponentError
+from offload_engine.plan import PlanError
+
+from .miniature import measured, unoffloaded
+from .streamed import LINK, SHAPES, WIDTH, Block, Row, Shape, Stack, Streamed, noise, weights_nbytes
+
+FRACTIONS = (0.25, 0.35, 0.5, 0.7, 0.9)
+SMALL = Shape((Row(4, 0.4, 0.01),), (Row(8, 0.5, 0.02),), (Row(4, 0.1, 0.02),), scratch_gb=0.1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """One thread, as models this small lose by a second."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def clean(sim_device):
+    yield
+    for engine in list(_budgeted):  # of a test that failed: it would share its budget
+        engine.detach()
+    gc.collect()
+    assert not sim.violations()
+
+
+def streamed(pipe, fraction=0.4, **more):
+    """An engine whose budget is ``fraction`` of the weights of ``pipe``, and a device as large."""
+    budget = int(fraction * weights_nbytes(pipe))
+    engine = offload_engine.attach(pipe, vram=budget, **more)
+    sim.configure(h2d_bandwidth=LINK, pageable_bandwidth=LINK, capacity_nbytes=budget)
+    torch.accelerator.reset_peak_memory_stats()
+    return engine
+
+
+def check(call, expected, engine):
+    """Bit-identical, within the budget, nothing written back."""
+    assert torch.equal(call.output, expected.output)
+    assert call.peak_nbytes <= engine.vram_nbytes
+    assert call.moved.d2h_nbytes == expected.moved.d2h_nbytes
+
+
+# ---- a real architecture on a third of its weights
+
+
+@functools.cache
+def deep_flux():
+    with seeded(0):
+        parts = {**flux._components("tiny"), "transformer": flux._transformer(4, 8)}
+        return finish(FluxPipeline(**parts), torch.float32)
+
+
+def test_flux_runs_on_a_third_of_its_weights_bit_identical(sim_device):
+    case, pipe = PIPELINES["flux"], copy.deepcopy(deep_flux())
+    nbytes = weights_nbytes(pipe)
+    pipe.to(sim_device)
+    torch.accelerator.reset_peak_memory_stats()
+    expected = measured(lambda: case.run(pipe, 3))
+    activations = expected.peak_nbytes - nbytes
+    pipe.to("cpu")
+    budget = nbytes // 3 + activations
+    engine = offload_engine.attach(pipe, vram=budget)
+    sim.configure(capacity_nbytes=budget, h2d_bandwidth=2e9, pageable_bandwidth=2e9)
+    for number in range(4):
+        torch.accelerator.reset_peak_memory_stats()
+        call, report = measured(lambda: case.run(pipe, 3)), engine.report()
+        check(call, expected, engine)
+        if number:
+            assert call.seconds <= 1.05 * report.bound_seconds
+            assert call.seconds == pytest.approx(report.predicted_seconds, rel=0.02)
+            copied = call.moved.h2d_nbytes - expected.moved.h2d_nbytes
+            assert abs(copied - engine.plan.fetched_nbytes) <= 16  # split at whole bytes
+    assert any(use.segments[-1].startswith("transformer.") for use in engine.plan.uses)
+
+
+# ---- the numbers, at the proportions of real models
+
+
+class Steady(NamedTuple):
+    """A streamed call in the steady state."""
+
+    seconds: float
+    predicted_seconds: float
+    bound_seconds: float
+    copied_nbytes: int  # host to device, without the call's own
+    least_nbytes: float
+    weights_nbytes: int
+
+
+def least_nbytes(plan):
+    """Bytes a cycle if each byte were a page of its own and the best were kept (Belady)."""
+    count, here, occurs = len(plan.uses), {}, {}
+    for at, use in enumerate(plan.uses):
+        for name in use.segments:
+            occurs.setdefault(name, []).append(at)
+
+    def next_use(name, now):
+        cycle, at = divmod(now, count)
+        found = occurs[name]
+        index = bisect.bisect_right(found, at)
+        return cycle * count + (found[index] if index < len(found) else count + found[0])
+
+    for cycle in range(4):
+        fetched = 0.0
+        for at, use in enumerate(plan.uses):
+            for name in use.segments:
+                fetched += plan.nbytes[name] - here.get(name, 0)
+                here[name] = plan.nbytes[name]
+            over = sum(here.values()) - (plan.budget_nbytes - use.workspace_nbytes)
+            others = [n for n, nbytes in here.items() if nbytes and n not in use.segments]
+            others.sort(key=lambda name: -next_use(name, cycle * count + at))  # noqa: B023
+            for name in others if over > 0 else ():
+                gone = min(over, here[name])
+                here[name] -= gone
+                over -= gone
+                if over <= 0:
+                    break
+    return fetched
+
+
+@functools.cache
+def steady(name, fraction):
+    shape, x = SHAPES[name], noise()
+    pipe = shape.build()
+    expected = unoffloaded(pipe, x, num_inference_steps=shape.steps)
+    with streamed(pipe, fraction) as engine:
+        for number in range(3):
+            torch.accelerator.reset_peak_memory_stats()
+            call = measured(lambda: pipe(x, num_inference_steps=shape.steps))
+            check(call, expected, engine)
+            plan = engine._planner.plan_of_last_call
+            if number:
+                report, copied = engine.report(), call.moved.h2d_nbytes - x.nbytes
+                assert abs(copied - plan.fetched_nbytes) <= 16
+                assert report.bound_seconds == plan.bound_seconds
+        return Steady(
+            call.seconds,
+            plan.seconds,
+            plan.bound_seconds,
+            copied,
+            least_nbytes(plan),
+            weights_nbytes(pipe),
+        )
+
+
+@pytest.mark.parametrize("fraction", FRACTIONS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_streamed_call_is_as_fast_as_the_budget_allows(sim_device, name, fraction):
+    call = steady(name, fraction)
+    assert call.seconds <= 1.05 * call.bound_seconds
+    assert call.seconds == pytest.approx(call.predicted_seconds, rel=0.02)
+
+
+@pytest.mark.parametrize("fraction", FRACTIONS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_streamed_call_copies_little_more_than_it_must(sim_device, name, fraction):
+    call = steady(name, fraction)
+    spared = call.copied_nbytes - call.least_nbytes
+    assert spared <= max(0.35 * call.least_nbytes, 0.4 * call.weights_nbytes)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_with_a_larger_budget_no_more_is_copied(sim_device, name):
+    copied = [steady(name, fraction).copied_nbytes for fraction in FRACTIONS]
+    assert copied == sorted(copied, reverse=True)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_where_everything_fits_nothing_is_copied_and_nothing_is_cut(sim_device, name):
+    shape, x = SHAPES[name], noise()
+    pipe = shape.build()
+    expected = unoffloaded(pipe, x, num_inference_steps=2)
+    with offload_engine.attach(pipe, vram=expected.peak_nbytes) as engine:
+        sim.configure(capacity_nbytes=expected.peak_nbytes)
+        for number in range(3):
+            call = measured(lambda: pipe(x, num_inference_steps=2))
+            assert torch.equal(call.output, expected.output)
+            assert number == 0 or call.moved.h2d_nbytes == x.nbytes
+        assert engine.plan.fetched_nbytes == 0
+        assert set(engine.plan.nbytes) == {"te", "transformer", "vae"}
+
+
+def test_a_streamed_call_waits_for_the_device_as_often_as_one_without_offload(sim_device):
+    pipe, x, extra = SMALL.build(), noise(), set()
+    expected = {steps: unoffloaded(pipe, x, num_inference_steps=steps) for steps in (4, 12)}
+    with streamed(pipe):
+        for steps in (4, 12):
+            for _ in range(2):
+                pipe(x, num_inference_steps=steps)
+            for _ in range(2):
+                call = measured(lambda steps=steps: pipe(x, num_inference_steps=steps))
+                extra.add(call.moved.host_syncs - expected[steps].moved.host_syncs)
+    assert extra == {0}
+
+
+def live(kind):
+    return sum(isinstance(each, kind) for each in gc.get_objects())
+
+
+def test_nothing_grows_over_a_hundred_calls(sim_device):
+    pipe, x = SMALL.build(), noise()
+    seen = []
+    with streamed(pipe) as engine:
+        for number in range(106):
+            pipe(x, num_inference_steps=2)
+            if number in (5, 105):
+                gc.collect()
+                seen.append(
+                    {
+                        "allocated": torch.accelerator.memory_allocated(),
+                        "peak": torch.accelerator.max_memory_allocated(),
+                        "pinned": sim.counters().pinned_nbytes,
+                        "events": live(torch.Event),
+                        "tensors": live(torch.Tensor),
+                        "streams": live(torch.Stream),
+                        "log": len(engine._log),
+                        "marks": len(engine._meter.marks),
+                        "started": len(engine._residency._started),
+                    }
+                )
+    assert seen[0] == seen[1]
+
+
+# ---- what the plan's timeline shows
+
+
+def copies(plan, prefix):
+    spans = [span for span in plan.timeline if span.kind == "copy"]
+    return [span for span in spans if span.segments[0].startswith(prefix)]
+
+
+def uses(plan, prefix):
+    spans = [span for span in plan.timeline if span.kind == "use"]
+    return [span for span in spans if span.segments[-1].startswith(prefix)]
+
+
+@functools.cache
+def small_plan(fraction):
+    pipe, x = SMALL.build(), noise()
+    with streamed(pipe, fraction) as engine:
+        for _ in range(3):
+            pipe(x)
+        return engine.plan
+
+
+def test_the_first_blocks_of_the_denoiser_are_fetched_while_the_prompt_is_encoded(sim_device):
+    plan = small_plan(0.4)
+    encoding = uses(plan, "te")
+    early = [
+        span.segments[0]
+        for span in copies(plan, "transformer.")
+        if encoding[0].start_seconds <= span.start_seconds < encoding[-1].stop_seconds
+    ]
+    kept = {name for name in plan.resident if name.startswith("transformer.")}
+    blocks = {name for name in plan.nbytes if name.startswith("transformer.")}
+    assert early, "nothing is fetched ahead"
+    assert set(early) | kept < blocks, "all of it fits: nothing is streamed"
+    first = [span.segments[-1] for span in uses(plan, "transformer.")][: len(set(early) | kept)]
+    assert first[0] in kept | set(early)
+
+
+def test_in_the_last_step_what_comes_after_is_fetched_in_the_place_of_the_denoiser(sim_device):
+    plan = small_plan(0.4)
+    steps = uses(plan, "transformer.")
+    last = steps[-8:]  # its blocks
+    began = last[0].start_seconds
+    drained = [span for span in copies(plan, "") if span.start_seconds >= began]
+    later = {span.segments[-1] for span in last}
+    for span in copies(plan, "transformer."):
+        if began <= span.start_seconds < last[-1].stop_seconds:
+            assert any(
+                use.start_seconds >= span.stop_seconds - 1e-9
+                for use in last
+                if use.segments[-1] == span.segments[0]
+            ), f"{span.segments[0]} is fetched in the last step and not used in it"
+    during = {s.segments[0] for s in drained if s.start_seconds < last[-1].stop_seconds} - later
+    assert any(name.startswith(("vae", "te")) for name in during)
+
+
+def test_at_the_end_of_a_request_the_next_one_is_begun(sim_device):
+    plan = small_plan(0.4)
+    assert plan.cyclic
+    decoding, last_of_te = uses(plan, "vae"), uses(plan, "te")[-1]
+    wrapped = [
+        span.segments[0]
+        for span in copies(plan, "te")
+        if span.start_seconds > last_of_te.stop_seconds
+    ]
+    assert wrapped
+    assert set(wrapped) <= set(plan.resident), "it begins with what was fetched for it"
+    assert decoding[-1].stop_seconds <= plan.seconds * 1.0001
+
+
+def test_some_blocks_stay_and_others_are_streamed_between_them(sim_device):
+    plan = small_plan(0.55)
+    blocks = [name for name in plan.nbytes if name.startswith("transformer.row")]
+    fetched = {name: len(copies(plan, name)) for name in blocks}
+    stay = [name for name in blocks if fetched[name] <= 1]
+    stream = [name for name in blocks if fetched[name] > 1]
+    assert stay and stream
+    order = "".join("s" if name in stream else "r" for name in blocks)
+    assert "srs" in order or "rsr" in order or order.count("sr") + order.count("rs") >= 2, order
+
+
+# ---- blocks that are not simply called one after the other
+
+
+class Twice(Stack):
+    """Each block runs twice in a row, and the whole row twice."""
+
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(2):
+            for block in self.row_0:
+                x = block(block(x))
+        return x
+
+
+class Conditional(Stack):
+    """In each step other blocks are left out; sometimes all of them."""
+
+    step = 0
+
+    def forward(self, x):
+        x = self.first(x)
+        for number, block in enumerate(self.row_0):
+            if self.step != 3 and (number + self.step) % 3:
+                x = block(x)
+        return x
+
+
+class Shuffled(Stack):
+    """The order of the blocks is another one in each step."""
+
+    step = 0
+
+    def forward(self, x):
+        x = self.first(x)
+        for number in range(8):
+            x = self.row_0[number * (2 * self.step + 1) % 8](x)
+        return x
+
+
+class Remembering(Stack):
+    """As a UNet: later blocks take in what earlier ones gave."""
+
+    def forward(self, x):
+        x, given = self.first(x), []
+        for number, block in enumerate(self.row_0):
+            x = block(x) if number < 4 else block(x + given.pop())
+            given.append(x)
+        return x
+
+
+class OtherMethod(Block):
+    def attend(self, x):
+        return torch.tanh(x + self.down(self.up(x)))
+
+
+class ByMethod(Stack):
+    """Blocks are entered by a method of their own, which calls what is in them."""
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.row_0:
+            x = block.attend(x)
+        return x
+
+
+class ByPart(Stack):
+    """What is in the blocks is called from outside."""
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.row_0:
+            x = x + block.down(torch.tanh(block.up(x)))
+        return x
+
+
+class Encoding(Block):
+    def encode(self, x):
+        return torch.tanh(nn.functional.linear(x, self.up.weight)) @ self.up.weight
+
+
+class ByEntryMethod(Stack):
+    """Blocks are entered by a known method, which reads weights itself."""
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.row_0:
+            x = block.encode(x)
+        return x
+
+
+class Nested(Stack):
+    """Lists of lists of blocks."""
+
+    def __init__(self, rows, rest=0):
+        super().__init__({}, rest)
+        blocks = rows["row_0"]
+        self.groups = nn.ModuleList(nn.ModuleList(blocks[i : i + 2]) for i in range(0, 8, 2))
+
+    def forward(self, x):
+        x = self.first(x)
+        for group in self.groups:
+            for block in group:
+                x = block(x)
+        return x
+
+
+class TiedBlocks(Stack):
+    """Two blocks share their weights."""
+
+    def __init__(self, rows, rest=0):
+        super().__init__(rows, rest)
+        self.row_0[5].up.weight = self.row_0[1].up.weight
+
+
+class TiedToRest(Stack):
+    """A block shares a weight with what is outside of the blocks."""
+
+    def __init__(self, rows, rest=0):
+        super().__init__(rows, rest)
+        self.head = nn.Linear(WIDTH, self.row_0[3].up.out_features)
+        self.head.weight = self.row_0[3].up.weight
+
+    def forward(self, x):
+        x = super().forward(x)
+        return x + torch.tanh(self.head(x)).mean(-1, keepdim=True)
+
+
+class SameTwice(Stack):
+    """One block stands in the row twice."""
+
+    def __init__(self, rows, rest=0):
+        super().__init__(rows, rest)
+        self.row_0[6] = self.row_0[2]
+
+
+class InParallel(Stack):
+    """A second stream runs the blocks."""
+
+    def forward(self, x):
+        x = self.first(x)
+        main = torch.accelerator.current_stream()
+        side = self.__dict__.setdefault("side", torch.Stream(device=x.device))
+        side.wait_stream(main)
+        with side:
+            for block in self.row_0:
+                x = block(x)
+        main.wait_stream(side)
+        x.record_stream(main)
+        return x
+
+
+KINDS = (
+    Stack,
+    Twice,
+    Conditional,
+    Shuffled,
+    Remembering,
+    ByMethod,
+    ByPart,
+    ByEntryMethod,
+    Nested,
+    TiedBlocks,
+    TiedToRest,
+    SameTwice,
+)
+BLOCKS = {ByMethod: OtherMethod, ByEntryMethod: Encoding}
+
+
+def special(kind):
+    """`SMALL` with a transformer of another kind."""
+    pipe = SMALL.build()
+    block = BLOCKS.get(kind, Block)
+    row = [block(25_000, 0.02, 1000) for _ in range(8)]
+    pipe.transformer = kind({"row_0": row}, 5000).eval()
+    return pipe
+
+
+def next_step(pipe, step):
+    pipe.transformer.step = (step + 1) % 4
+
+
+@pytest.mark.parametrize("fraction", [0.35, 0.6])
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_may_be_used_in_any_way(sim_device, kind, fraction):
+    pipe, x = special(kind), noise()
+    expected = unoffloaded(pipe, x, on_step=next_step)
+    engine = streamed(pipe, fraction)
+    for _ in range(4):
+        torch.accelerator.reset_peak_memory_stats()
+        call = measured(lambda: pipe(x, on_step=next_step))
+        check(call, expected, engine)
+    blocks = [name for name in engine._residency.units if name.startswith("transformer.")]
+    assert len(blocks) >= 6
+    engine.detach()
+    assert torch.equal(pipe(x.cpu(), on_step=next_step), expected.output)
+
+
+@pytest.mark.parametrize("kind", [Conditional, Shuffled])
+def test_a_call_that_runs_other_blocks_than_the_one_before_is_right(sim_device, kind):
+    pipe, x = special(kind), noise()
+    engine = streamed(pipe)
+    for number in range(6):
+
+        def other(pipe, step, number=number):
+            pipe.transformer.step = (step * number + 1) % 4
+
+        pipe.transformer.step = 1
+        call = measured(lambda: pipe(x, on_step=other))  # noqa: B023
+        plain = copy.deepcopy(pipe)
+        plain.transformer.step = 1
+        assert torch.equal(call.output, plain(x, on_step=other))
+        assert call.peak_nbytes <= engine.vram_nbytes
