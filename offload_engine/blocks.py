@@ -55,25 +55,30 @@ def _is_row(module: nn.Module) -> bool:
 
 
 def _rows(module: nn.Module, path: str) -> list[list[Block]]:
-    """The rows of blocks below ``module``."""
+    """The rows of blocks below ``module``, which is at ``path`` ("" or "a.b.")."""
     rows: list[list[Block]] = []
     for name, child in module.named_children():
-        here = f"{path}{name}"
-        if not _is_row(child) or not _repeats(child):
-            rows += _rows(child, f"{here}.")
-            continue
-        row: list[Block] = []
-        for number, block in child.named_children():
-            if not _nbytes([block]):
-                continue
-            inner = _rows(block, f"{here}.{number}.")
-            parts = [m for line in inner for _, modules in line for m in modules]
-            if parts and _nbytes(parts) >= _MOSTLY * _nbytes([block]):
-                rows += inner
-            else:
-                row.append((f"{here}.{number}", (block,)))
-        rows.append(row)
+        here = f"{path}{name}."
+        rows += _row(child, here) if _is_row(child) and _repeats(child) else _rows(child, here)
     return rows
+
+
+def _row(row: nn.Module, path: str) -> list[list[Block]]:
+    """The rows in ``row``: those inside of its blocks, and what is left of it."""
+    rows: list[list[Block]] = []
+    whole: list[Block] = []
+    for number, block in row.named_children():
+        nbytes = _nbytes([block])
+        if not nbytes:
+            continue
+        here = f"{path}{number}."
+        inner = _row(block, here) if _is_row(block) and _repeats(block) else _rows(block, here)
+        parts = [m for line in inner for _, modules in line for m in modules]
+        if parts and _nbytes(parts) >= _MOSTLY * nbytes:
+            rows += inner
+        else:
+            whole.append((f"{path}{number}", (block,)))
+    return [*rows, whole]
 
 
 def _repeats(row: nn.Module) -> bool:

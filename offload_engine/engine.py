@@ -31,7 +31,7 @@ from .residency import Event, Residency, State, Unit, new_log
 from .segments import sharing
 from .sequence import Cursor, Sequence, learn
 from .transfers import elapsed_seconds
-from .units import parse_nbytes
+from .units import format_nbytes, parse_nbytes
 from .watch import watch_process
 
 _log = logging.getLogger("offload_engine")
@@ -103,6 +103,8 @@ class Engine:
         self._blocks = blocks  # component -> what of it moves on its own
         self._walker = _walker_of_budget(device, vram_nbytes) or Walker(Residency(device))
         self._planner = Planner(vram_nbytes)
+        if vram_nbytes is not None:
+            self._walker.vram_nbytes = vram_nbytes
         self._mounts: dict[str, _Mount] = {}  # component name -> mount
         self._placed: dict[str, nn.Module] = {}  # excluded components, on the device for good
         self._calls: list[_Before] = []  # of each call that is under way, what it interrupted
@@ -187,6 +189,14 @@ class Engine:
             peak_before_nbytes=self._peaks[0],
             peak_nbytes=slots.peak_nbytes(self.device) if self._calls else self._peaks[1],
         )
+
+    def curve(self, points: int = 8) -> list[tuple[int, Plan]]:
+        """Time against memory: plans for ``points`` budgets, from the least that can work to what
+        holds everything, as (vram in bytes, plan); ``plan.seconds`` is what a call would take.
+
+        For a pipeline that was called once at least. Raises OffloadError before that.
+        """
+        return self._planner.curve(self._units, points)
 
     def release(self) -> None:
         """Gives all device memory of the components back now, torch's cached blocks included."""
@@ -274,6 +284,9 @@ class Engine:
                 self._learn(guide, meter, log)
         if isinstance(error, torch.OutOfMemoryError):
             self._solo = True
+            self._planner.ran_out(meter)
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(self._held())
         if not self._attached:
             return
         try:
@@ -290,6 +303,18 @@ class Engine:
             if walker.on_wrap is not None:  # not within a call of another pipeline
                 residency.log = self._log
                 self._idle()
+
+    def _held(self) -> str:
+        """What the engine has on the device, for whoever ran out of memory."""
+        held = {u.name: u.nbytes for u in self._residency.resident}
+        total = slots.lent_nbytes(self.device)
+        largest = sorted(held, key=lambda name: -held[name])[:5]
+        said = ", ".join(f"{name} {format_nbytes(held[name])}" for name in largest)
+        more = f" and {len(held) - 5} more" if len(held) > 5 else ""
+        return (
+            f"offload_engine held {format_nbytes(total)} of weights on {self.device}: "
+            f"{said or 'nothing'}{more}. They are released now; the next call leaves more room."
+        )
 
     def free(self) -> None:
         """``maybe_free_model_hooks``: everything off the device; pipelines call it at their end.

@@ -44,14 +44,20 @@ class PlanError(OffloadError):
     """
 
     def __init__(
-        self, use_index: int, segments: Iterable[str], needed_nbytes: int, budget_nbytes: int
+        self,
+        use_index: int,
+        segments: Iterable[str],
+        needed_nbytes: int,
+        budget_nbytes: int,
+        message: str | None = None,
     ) -> None:
         self.use_index = use_index
         self.segments = tuple(segments)
         self.needed_nbytes = needed_nbytes
         self.budget_nbytes = budget_nbytes
         super().__init__(
-            f"use {use_index} ({', '.join(self.segments)}) needs {needed_nbytes} bytes, "
+            message
+            or f"use {use_index} ({', '.join(self.segments)}) needs {needed_nbytes} bytes, "
             f"weights and workspace, but the budget is {budget_nbytes} bytes; "
             "raise the budget, or split the use into smaller segments."
         )

@@ -7,7 +7,7 @@ when the call does something else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from math import inf
 from typing import NamedTuple, Protocol
@@ -68,13 +68,13 @@ class Careful:
         self,
         nbytes: Mapping[str, int],
         budget_nbytes: int,
-        workspaces: Mapping[str, tuple[int, int]],
+        workspace_of: Callable[[str], tuple[int, int]],
     ) -> None:
-        """``workspaces``: name -> (work, workspace bytes), of the largest use measured; it may
-        grow during the call."""
+        """``workspace_of``: the work of the largest use of a unit that was measured, -1 if none
+        was; and the workspace that it will need now if it has no more to do."""
         self._nbytes = nbytes
         self._budget_nbytes = budget_nbytes
-        self._workspaces = workspaces
+        self._workspace_of = workspace_of
         self._used: dict[str, None] = {}  # in order of last use
 
     def enter(self, name: str, work: int, here: Mapping[str, int], needs: Seq[str] = ()) -> Move:
@@ -82,7 +82,7 @@ class Careful:
         self._used[name] = None
         needed = (*needs, name)
         fetch = [each for each in needed if each not in here]
-        known_work, workspace = self._workspaces.get(name, (-1, 0))
+        known_work, workspace = self._workspace_of(name)
         others = [other for other in here if other not in needed]
         if work > known_work:
             return Move(others, fetch)

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from . import slots
 from .guide import Chain, Guide
 from .measure import Mark, Meter
 from .residency import CLOSED, Residency, State, Unit
@@ -54,6 +55,7 @@ class Walker:
         self.stream_key: Callable[[], Any] = lambda: None
         if residency.link is not None:
             self.stream_key = residency.link.current_key
+        self.vram_nbytes: int | None = None  # the budget, if there is one
         self.announced: Unit | None = None  # entered by its pre-hook, its gate comes next
         self.guide: Guide = Chain(Cursor(Sequence(())))
         self.meter = Meter(residency.link)
@@ -124,6 +126,13 @@ class Walker:
         if self.guide.samples and not _is_compiled(unit):
             return self.meter.run(unit.name, bare, args, kwargs)
         return bare(*args, **kwargs)
+
+    def is_tight_for(self, unit: Unit) -> bool:
+        """Whether a budget may not hold ``unit`` beside a wider copy of it."""
+        if self.vram_nbytes is None or unit.state is not State.RESIDENT:
+            return False
+        allocated = slots.allocated_nbytes(self.residency.device)
+        return allocated + 2 * unit.nbytes > self.vram_nbytes
 
     def leave(self) -> None:
         """No unit is known to be ready: the next entry looks at everything again."""
@@ -282,10 +291,13 @@ class ApplyWatch(MethodEntry):
     """Stands before ``_apply``, through which ``.to``, ``.half`` and ``.cpu`` replace weights."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        walker, unit = self._entry.walker, self._entry.unit
+        if walker.is_tight_for(unit):
+            walker.leave()
+            walker.residency.release(unit)
         try:
             return self._bare(*args, **kwargs)
         finally:
-            walker, unit = self._entry.walker, self._entry.unit
             unit.after_apply(walker.residency.link)
             if unit.stale:
                 walker.leave()

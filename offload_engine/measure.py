@@ -96,6 +96,16 @@ class Meter:
             self.workspaces[last.unit] = max(self.workspaces.get(last.unit, measured), measured)
         return event
 
+    def workspace_of(self, unit: str) -> tuple[int, int]:
+        """The work of its largest use that was measured, -1 if none was, and the workspace that it
+        needs now for that: what is allocated already may be more than it was then."""
+        work, workspace = self.workspaces.get(unit, (-1, 0))
+        known_work, grown = self._grown.get(unit, (-1, 0))
+        if self._link is not None and known_work >= work >= 0:
+            there = slots.outside_nbytes(self._link.device) - self.outside_nbytes
+            workspace = max(workspace, there + grown)
+        return work, workspace
+
     def run(self, unit: str, bare: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs ``bare`` of ``unit``, which was just entered, and samples what it allocates; unless
         a forward with as much work was sampled before."""

@@ -20,12 +20,14 @@ from torch import nn
 
 from . import sequence
 from .blocks import Block, find_blocks, least_nbytes, named_blocks
-from .errors import ComponentError, PlanError
+from .errors import ComponentError, OffloadError, PlanError
 from .hooks import HfHook, Undo
 from .segments import opaque_classes
 from .sequence import Sequence
+from .units import format_nbytes
 
 _LARGE = 1 / 8  # of the budget: smaller components move as one
+_SURELY_FITS = 1 / 2  # of the budget: with weights beyond that, activations may not find room
 ENGINE = "_offload_engine"  # the attribute of an attached pipeline that holds its engine
 _STATE = (ENGINE, "_all_hooks", "_offload_device", "_offload_gpu_id")
 
@@ -180,7 +182,7 @@ class Pipeline:
         self, seq: Sequence, vram_nbytes: int | None, paths: Iterable[str] | None
     ) -> dict[str, list[Block]]:
         """The blocks of each component that is to be cut: of those that the user named, and, if
-        ``vram_nbytes`` does not hold everything, of the large ones.
+        ``vram_nbytes`` may not hold everything, of the large ones.
 
         Raises ComponentError for paths that do not exist, and PlanError where the rest and the
         largest block of a component do not fit.
@@ -189,16 +191,27 @@ class Pipeline:
         parts = {n: m for n, m in self.modules.items() if n not in stay}
         cut = self._named(parts, paths)
         if vram_nbytes is None:
-            return cut
+            if paths is not None:
+                raise OffloadError("blocks are streamed within a budget: give vram as well.")
+            return {}
         sizes = {name: least_nbytes(module, ()) for name, module in parts.items()}
-        if sum(sizes.values()) > vram_nbytes:
+        if sum(sizes.values()) > _SURELY_FITS * vram_nbytes:
             for name, module in parts.items():
                 if name not in cut and sizes[name] > _LARGE * vram_nbytes:
                     cut[name] = find_blocks(module)
         least = {name: least_nbytes(module, cut.get(name, ())) for name, module in parts.items()}
         if least and max(least.values()) > vram_nbytes:
             name = max(least, key=lambda each: least[each])
-            raise PlanError(list(least).index(name), (name,), least[name], vram_nbytes)
+            raise PlanError(
+                list(least).index(name),
+                (name,),
+                least[name],
+                vram_nbytes,
+                f"vram={vram_nbytes} bytes ({format_nbytes(vram_nbytes)}) does not hold {name}: "
+                f"what of it must be there at once takes {least[name]} bytes "
+                f"({format_nbytes(least[name])}), without activations. The least vram that can "
+                f"work is {least[name]} bytes and what the activations take.",
+            )
         return cut
 
     def _named(

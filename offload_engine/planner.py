@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Seq
 
-from .errors import PlanError
+from .errors import OffloadError, PlanError
 from .forecast import Forecast, Observed
 from .guide import Careful, Chain, Guide, Planned
 from .measure import Meter
@@ -87,7 +87,7 @@ class Planner:
         if self._forecast is not None:
             for name, known in self._forecast.known_workspaces().items():
                 meter.workspaces.setdefault(name, known)
-        return Careful(_sizes(units), self._budget(meter.outside_nbytes), meter.workspaces)
+        return Careful(_sizes(units), self._budget(meter.outside_nbytes), meter.workspace_of)
 
     def ended(self, guide: Guide, meter: Meter, log: deque[Event], units: frozenset[str]) -> None:
         """A call that ``guide`` led came to its end."""
@@ -100,6 +100,41 @@ class Planner:
             self._study()
         self._make_plan(units, self._steps, outside_nbytes)
         return self.plan
+
+    def ran_out(self, meter: Meter) -> None:
+        """Memory ran out in the use that ``meter`` saw last: it needs more than is known."""
+        if self._forecast is not None and meter.marks:
+            self._forecast = self._forecast.without({meter.marks[-1].unit})
+
+    def curve(self, units: Collection[Unit], points: int) -> list[tuple[int, Plan]]:
+        """Plans for ``points`` budgets, from the least to what holds everything."""
+        self._study()
+        if self._forecast is None or not self._bandwidth:
+            raise OffloadError("curve() needs a measured call: call the pipeline once first.")
+        expected, sizes = self._forecast.expect(self._steps), _sizes(units)
+        needs = {unit.name: [other.name for other in unit.needs] for unit in units}
+        least = most = 0
+        for name, cost in zip(expected.trace, expected.costs, strict=True):
+            together = sum(sizes[each] for each in (*needs[name], name))
+            least = max(least, together + cost.workspace_nbytes)
+            most = max(most, cost.workspace_nbytes)
+        most += sum(
+            sizes[name] for name in {*expected.trace, *(n for ns in needs.values() for n in ns)}
+        )
+        budgets = [least + (most - least) * i // max(1, points - 1) for i in range(points)]
+        return [
+            (
+                budget,
+                expected.plan(
+                    sizes,
+                    budget_nbytes=budget,
+                    bandwidth=self._bandwidth,
+                    needs=needs,
+                    cyclic=True,
+                ),
+            )
+            for budget in dict.fromkeys(budgets)
+        ]
 
     # ---- inside
 
@@ -166,6 +201,9 @@ class Planner:
             self.plan = None
             return
         is_chain = self.vram_nbytes is None
+        if is_chain and any(unit.needs for unit in units):  # cut by another pipeline, with a budget
+            self.plan = None
+            return
         budget = self._chain_peak_nbytes if is_chain else self._budget(outside_nbytes)
         asked = (forecast, steps, budget, self._bandwidth, dict(nbytes))
         tolerance = _AS_BEFORE if self._planned_calls > 1 else _AS_IN_FIRST

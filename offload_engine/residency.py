@@ -502,11 +502,15 @@ def _kind(tensor: Tensor) -> str:
 
 def _changed(weight: _Weight, tensor: Tensor, touched: bool) -> bool:
     """Whether the device copy differs from its master; see watch.py."""
-    if weight.view.inference:  # counts no versions: only its content tells
+    if not weight.view.inference:  # whose version is not counted: only its content tells
+        if tensor._version != weight.version:
+            return True
+        if not touched:
+            return False
+    try:
         return not same_content(weight.host, tensor)
-    if tensor._version != weight.version:
+    except torch.OutOfMemoryError:  # no room to look: copying it back is right in any case
         return True
-    return touched and not same_content(weight.host, tensor)
 
 
 _BASE: Any = torch._C.TensorBase  # type: ignore[attr-defined]

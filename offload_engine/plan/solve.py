@@ -33,7 +33,7 @@ _AS_GOOD = 1 + 2e-3  # for a big problem, where bytes can count more than that
 _NEARLY = 1.03  # as slow may a draft be that is tidied
 
 _WHOLE_TREE = 2_500  # uses times segments, up to which the search may be exact
-_MOST_EFFORT = 600_000  # of all searches together
+_MOST_EFFORT = 1_000_000  # of all searches together
 
 _ROUNDS = 4  # that a cycle is unrolled to
 _FEW_ROUNDS = 3  # the same, for a long one

@@ -138,6 +138,7 @@ SHAPES = {
         te=(Row(24, 0.397, 0.004),),
         transformer=(Row(19, 0.679, 0.0105), Row(38, 0.283, 0.0105)),
         vae=(Row(4, 0.04, 0.075),),
+        steps=6,
     ),
     # UMT5-XXL; 40 blocks, 28 GB, 13 s a pass: the copies hide.
     "wan": Shape(

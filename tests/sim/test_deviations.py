@@ -93,7 +93,7 @@ def activations_nbytes(rows, widest):
     return 4 * rows * (widest + 64 * 4) + 1024
 
 
-@quickly(max_examples=60)
+@quickly(max_examples=40)
 @given(story=stories(), share=st.floats(0, 1), bandwidth=st.sampled_from([2e8, 2e9, 2e10]))
 def test_within_a_budget_every_deviation_ends_in_the_right_bits(
     sim_device, story, share, bandwidth
@@ -114,32 +114,33 @@ def test_within_a_budget_every_deviation_ends_in_the_right_bits(
             assert torch.accelerator.max_memory_allocated() <= budget
 
 
-@quickly(max_examples=30)
+@quickly(max_examples=20)
 @given(story=stories(), bandwidth=st.sampled_from([2e8, 2e10]))
-def test_chain_mode_stays_below_its_first_peak_whatever_comes_between(sim_device, story, bandwidth):
+def test_chain_mode_stays_below_its_first_peaks_whatever_runs(sim_device, story, bandwidth):
     sizes, calls, rows = story
     x, twin, pipe = noise(rows), make(sizes), make(sizes)
     first_peaks = {}
     with no_memory_left_over(), offload_engine.attach(pipe) as engine:
         sim.configure(h2d_bandwidth=bandwidth)
         for call in [*calls, *calls]:
-            # A fresh engine's first call in this order, as there was none before.
             torch.accelerator.reset_peak_memory_stats()
             assert torch.equal(pipe(x, **call), twin(x, **call))
-            peak = torch.accelerator.max_memory_allocated()
+            peak_nbytes = torch.accelerator.max_memory_allocated()
             key = tuple(call.items())
             if key not in first_peaks:
-                first_peaks[key] = first_peak(sizes, x, call)
-            assert peak <= max(first_peaks.values())
+                first_peaks[key] = first_peak_nbytes(sizes, x, call)
+            assert peak_nbytes <= max(first_peaks.values())
             assert engine.resident == ()
 
 
-def first_peak(sizes, x, call):
-    before = torch.accelerator.memory_allocated()
-    assert before == 0
-    with offload_engine.attach(make(sizes)) as engine:
+def first_peak_nbytes(sizes, x, call):
+    """Of a fresh engine's first call in this order, with rounds enough to see that it is a loop:
+    from then on all its members are there together."""
+    assert torch.accelerator.memory_allocated() == 0
+    pipe = make(sizes)
+    with offload_engine.attach(pipe):
         torch.accelerator.reset_peak_memory_stats()
-        engine._pipeline.pipe(x, **call)
+        pipe(x, **{**call, "num_inference_steps": call["num_inference_steps"] + 4})
         return torch.accelerator.max_memory_allocated()
 
 
@@ -153,7 +154,7 @@ def slow():
 LOOPS = ["unet", "controlnet unet", "unet unet", "controlnet unet te2"]
 
 
-@pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize("share", [0.3, 1.0])
 @pytest.mark.parametrize("loop", LOOPS)
 def test_another_number_of_steps_is_planned_for_without_a_call_to_learn_it(sim_device, loop, share):
     pipe, twin, x = slow(), make(), noise()

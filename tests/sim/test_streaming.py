@@ -132,7 +132,7 @@ def least_nbytes(plan):
                 here[name] = plan.nbytes[name]
             over = sum(here.values()) - (plan.budget_nbytes - use.workspace_nbytes)
             others = [n for n, nbytes in here.items() if nbytes and n not in use.segments]
-            others.sort(key=lambda name: -next_use(name, cycle * count + at))  # noqa: B023
+            others.sort(key=lambda name: -next_use(name, cycle * count + at))
             for name in others if over > 0 else ():
                 gone = min(over, here[name])
                 here[name] -= gone
@@ -526,15 +526,422 @@ def test_blocks_may_be_used_in_any_way(sim_device, kind, fraction):
 @pytest.mark.parametrize("kind", [Conditional, Shuffled])
 def test_a_call_that_runs_other_blocks_than_the_one_before_is_right(sim_device, kind):
     pipe, x = special(kind), noise()
+    plain = copy.deepcopy(pipe).to(sim_device)
     engine = streamed(pipe)
+    sim.configure(capacity_nbytes=10 * engine.vram_nbytes)  # for `plain`
     for number in range(6):
 
         def other(pipe, step, number=number):
             pipe.transformer.step = (step * number + 1) % 4
 
-        pipe.transformer.step = 1
-        call = measured(lambda: pipe(x, on_step=other))  # noqa: B023
-        plain = copy.deepcopy(pipe)
-        plain.transformer.step = 1
-        assert torch.equal(call.output, plain(x, on_step=other))
+        pipe.transformer.step = plain.transformer.step = 1
+        expected = plain(x, on_step=other)
+        torch.accelerator.reset_peak_memory_stats()
+        call = measured(lambda: pipe(x, on_step=other))
+        assert torch.equal(call.output, expected)
+        assert call.peak_nbytes <= engine.vram_nbytes + weights_nbytes(plain)
+
+
+def test_a_call_with_other_arguments_than_the_one_before_is_right(sim_device):
+    """More steps, fewer steps, larger inputs: what the plan does not know."""
+    pipe = SMALL.build()
+    calls = [(rows, steps) for rows in (2, 40) for steps in (4, 1, 7)]
+    expected = {
+        call: unoffloaded(pipe, noise(call[0]), num_inference_steps=call[1]) for call in calls
+    }
+    engine = streamed(pipe)
+    for call in (*calls, *reversed(calls)):
+        torch.accelerator.reset_peak_memory_stats()
+        rows, steps = call
+        got = measured(lambda rows=rows, steps=steps: pipe(noise(rows), steps))
+        check(got, expected[call], engine)
+
+
+# ---- what the user asks for
+
+
+def untouched(pipe):
+    """Whether ``pipe`` is as if nobody had ever tried to attach to it."""
+    modules = [m for part in pipe.components.values() for m in part.modules()]
+    return (
+        type(pipe) is Streamed
+        and not any("_hf_hook" in m.__dict__ or "forward" in m.__dict__ for m in modules)
+        and not any(m._forward_pre_hooks or m._forward_hooks for m in modules)
+        and not any(
+            t.is_pinned() or t.device.type != "cpu" for m in modules for t in m.parameters()
+        )
+    )
+
+
+def test_the_user_may_name_the_blocks(sim_device):
+    pipe, x = SMALL.build(), noise()
+    expected = unoffloaded(pipe, x)
+    engine = streamed(pipe, blocks=["transformer.row_0", "vae.row_0.1", "vae.row_0.2"])
+    units = [name for name in engine._residency.units if not name.startswith("te")]
+    assert units == [
+        "transformer",
+        *(f"transformer.row_0.{number}" for number in range(8)),
+        "vae",
+        "vae.row_0.1",
+        "vae.row_0.2",
+    ]
+    for _ in range(4):
+        torch.accelerator.reset_peak_memory_stats()
+        check(measured(lambda: pipe(x)), expected, engine)
+
+
+@pytest.mark.parametrize("vram", [None, "8GiB"], ids=["chain mode", "all fits"])
+def test_named_blocks_are_cut_whatever_the_budget(sim_device, vram):
+    pipe, x = SMALL.build(), noise()
+    expected = unoffloaded(pipe, x)
+    with offload_engine.attach(pipe, vram=vram, blocks=["transformer.row_0"]) as engine:
+        assert len(engine._residency.units) == 3 + 8
+        for _ in range(4):
+            assert torch.equal(pipe(x), expected.output)
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [("transformer.row_O", "'transformer.row_0'"), ("transfomer.row_0", "'transformer'")],
+)
+def test_a_block_that_does_not_exist_is_named_with_near_matches(sim_device, path, near):
+    pipe = SMALL.build()
+    with pytest.raises(ComponentError, match=near) as error:
+        streamed(pipe, blocks=["te.row_0", path])
+    assert error.value.names == (path,)
+    assert untouched(pipe)
+
+
+def test_a_budget_below_the_largest_block_is_refused_with_what_it_takes(sim_device):
+    pipe, pinned = SMALL.build(), sim.counters().pinned_nbytes
+    with pytest.raises(PlanError) as error:
+        offload_engine.attach(pipe, vram=20_000)
+    needed = error.value.needed_nbytes
+    assert error.value.budget_nbytes == 20_000
+    block, rest = pipe.transformer.row_0[0], pipe.transformer.first
+    tensors = [*block.parameters(), *rest.parameters()]
+    assert needed == sum(t.nbytes for t in tensors)
+    assert str(needed) in str(error.value)
+    assert untouched(pipe)
+    assert sim.counters().pinned_nbytes == pinned
+    assert torch.accelerator.memory_allocated() == 0
+    with pytest.raises(PlanError):
+        offload_engine.attach(pipe, vram=needed - 1)
+    assert untouched(pipe)
+    offload_engine.attach(pipe, vram=needed).detach()
+
+
+def test_the_smallest_budget_that_works_is_enough(sim_device):
+    """The rest, one block and the activations: nothing is fetched ahead, everything runs."""
+    pipe, x = SMALL.build(), noise()
+    expected = unoffloaded(pipe, x)
+    engine = offload_engine.attach(pipe, vram=50_000)
+    torch.accelerator.reset_peak_memory_stats()
+    careful = measured(lambda: pipe(x)).peak_nbytes
+    engine.detach()
+    assert careful <= 50_000
+    with offload_engine.attach(pipe, vram=careful) as engine:
+        sim.configure(capacity_nbytes=careful)
+        for _ in range(4):
+            torch.accelerator.reset_peak_memory_stats()
+            call = measured(lambda: pipe(x))
+            check(call, expected, engine)
+
+
+# ---- changes
+
+
+def changed_as(pipe, plain, change):
+    """What ``change`` does to ``pipe``, done to ``plain`` as well."""
+    change(pipe)
+    change(plain)
+
+
+class LowRank(nn.Module):
+    """A linear layer with an adapter, as peft puts it in its place."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.Linear(base.in_features, 2, bias=False)
+        self.lora_B = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+def add_adapters(pipe):
+    torch.manual_seed(3)
+    for block in pipe.transformer.row_0:
+        block.up = LowRank(block.up)
+
+
+def remove_adapters(pipe):
+    for block in pipe.transformer.row_0:
+        if isinstance(block.up, LowRank):
+            block.up = block.up.base_layer
+
+
+def change_in_place(pipe):
+    with torch.no_grad():
+        for block in pipe.transformer.row_0:
+            block.down.bias.add_(0.25)
+
+
+def change_by_data(pipe):
+    for block in pipe.transformer.row_0:
+        block.up.weight.data += 0.03
+
+
+def replace_weights(pipe):
+    for block in pipe.transformer.row_0:
+        block.up.weight = nn.Parameter(block.up.weight.detach() * 1.5)
+
+
+def load_weights(pipe):
+    state = {k: v.detach().cpu() * 0.9 for k, v in pipe.transformer.state_dict().items()}
+    pipe.transformer.load_state_dict(state)
+
+
+def assign_weights(pipe):
+    state = {k: v.detach().cpu() * 0.8 for k, v in pipe.transformer.state_dict().items()}
+    pipe.transformer.load_state_dict(state, assign=True)
+
+
+def replace_a_block(pipe):
+    torch.manual_seed(4)
+    pipe.transformer.row_0[2] = Block(25_000, 0.02)
+
+
+def drop_a_block(pipe):
+    del pipe.transformer.row_0[3]
+
+
+def add_a_block(pipe):
+    torch.manual_seed(5)
+    pipe.transformer.row_0.append(Block(25_000, 0.02))
+
+
+def cast(pipe):
+    pipe.transformer.to(torch.float64)
+
+
+def cast_and_back(pipe):
+    pipe.transformer.to(torch.float64)
+    pipe.transformer.to(torch.float32)
+
+
+def cast_a_block(pipe):
+    pipe.transformer.row_0[4].to(torch.bfloat16).to(torch.float32)
+
+
+CHANGES = (
+    add_adapters,
+    change_in_place,
+    change_by_data,
+    replace_weights,
+    load_weights,
+    assign_weights,
+    replace_a_block,
+    drop_a_block,
+    add_a_block,
+    cast,
+    cast_and_back,
+    cast_a_block,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_calls_is_seen_by_the_next(sim_device, change):
+    pipe, x = SMALL.build(), noise()
+    plain = copy.deepcopy(pipe)
+    engine = streamed(pipe, 0.7)
+    for _ in range(3):
+        pipe(x)
+    changed_as(pipe, plain, change)
+    for round_ in range(3):
+        if round_ == 2 and change is add_adapters:
+            changed_as(pipe, plain, remove_adapters)
+        sim.configure(capacity_nbytes=10**7)
+        expected = unoffloaded(plain, x)
+        sim.configure(capacity_nbytes=engine.vram_nbytes)
+        torch.accelerator.reset_peak_memory_stats()
+        call = measured(lambda: pipe(x))
+        assert torch.equal(call.output, expected.output)
         assert call.peak_nbytes <= engine.vram_nbytes
+    engine.detach()
+    assert torch.equal(pipe(x), expected.output)
+
+
+IN_A_CALL = (change_in_place, change_by_data, replace_weights, load_weights, cast_and_back, cast)
+
+
+@pytest.mark.parametrize("planned", [False, True], ids=["first call", "planned call"])
+@pytest.mark.parametrize("change", IN_A_CALL)
+def test_a_change_in_the_middle_of_a_call_is_seen_at_once(sim_device, change, planned):
+    pipe, x = SMALL.build(), noise()
+    plain = copy.deepcopy(pipe)
+
+    def at_step_2(pipe, step):
+        if step == 1:
+            change(pipe)
+
+    def cast_vae_back(pipe):
+        pipe.transformer.to(torch.float32)
+
+    engine = streamed(pipe, 0.7)
+    for _ in range(3 if planned else 0):
+        pipe(x)
+    for _ in range(2):
+        sim.configure(capacity_nbytes=10**7)
+        expected = unoffloaded(plain, x, on_step=at_step_2)
+        sim.configure(capacity_nbytes=engine.vram_nbytes)
+        torch.accelerator.reset_peak_memory_stats()
+        call = measured(lambda: pipe(x, on_step=at_step_2))
+        assert torch.equal(call.output, expected.output)
+        assert call.peak_nbytes <= engine.vram_nbytes
+        changed_as(pipe, plain, cast_vae_back)
+    engine.detach()
+    for name, tensor in plain.transformer.state_dict().items():
+        assert torch.equal(pipe.transformer.state_dict()[name], tensor)
+
+
+# ---- failures
+
+
+class Stopped(BaseException):
+    """What an interrupt is, without stopping the test run."""
+
+
+@pytest.mark.parametrize("planned", [False, True], ids=["first call", "planned call"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Stopped, ValueError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("at", [0, 5, 20])
+def test_after_an_error_inside_a_block_the_next_call_works(sim_device, at, error, planned):
+    pipe, x = SMALL.build(), noise()
+    expected, count = unoffloaded(pipe, x), iter(range(100))
+    engine = streamed(pipe)
+    for _ in range(3 if planned else 0):
+        pipe(x)
+
+    def fail():
+        if next(count) == at:
+            raise error("mine")
+
+    for block in pipe.transformer.row_0:
+        block.on_forward = fail
+    with pytest.raises(error, match="mine"):
+        pipe(x)
+    for block in pipe.transformer.row_0:
+        block.on_forward = None
+    for _ in range(3):
+        torch.accelerator.reset_peak_memory_stats()
+        check(measured(lambda: pipe(x)), expected, engine)
+    engine.release()
+    gc.collect()
+    assert torch.accelerator.memory_allocated() == 0
+    engine.detach()
+
+
+@pytest.mark.parametrize("planned", [False, True], ids=["first call", "planned call"])
+def test_wherever_memory_runs_out_the_user_sees_it_or_nothing_at_all(sim_device, planned):
+    pipe, x = SMALL.build(), noise()
+    expected, seen = unoffloaded(pipe, x), set()
+    engine = streamed(pipe)
+    for after in range(1, 240, 11):
+        engine.detach()
+        engine = streamed(pipe)
+        for _ in range(2 if planned else 0):
+            pipe(x)
+        sim.inject_oom(after)
+        try:
+            assert torch.equal(pipe(x), expected.output)
+            seen.add("nothing")
+        except torch.OutOfMemoryError:
+            seen.add("error")
+        assert torch.equal(pipe(x), expected.output)
+        engine.release()
+        assert torch.accelerator.memory_allocated() == 0
+    assert seen == {"nothing", "error"}
+
+
+# ---- compiled
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("what", ["transformer", "blocks"])
+def test_what_is_compiled_streams_and_is_compiled_a_few_times_only(
+    sim_device, fresh_dynamo, what, backend, when
+):
+    pipe, x = SMALL.build(), noise()
+    for part in (pipe.te, pipe.transformer, pipe.vae):
+        for module in part.modules():
+            module.seconds = 0.0  # dynamo cannot trace into the simulator
+    expected = unoffloaded(pipe, x)
+
+    def compile_it():
+        modules = [pipe.transformer] if what == "transformer" else pipe.transformer.row_0
+        for module in modules:
+            module.compile(backend=backend)
+
+    if when == "before":
+        compile_it()
+    engine = streamed(pipe)
+    if when == "after":
+        pipe(x)
+        compile_it()
+    graphs = []
+    for _ in range(4):
+        torch.accelerator.reset_peak_memory_stats()
+        call = measured(lambda: pipe(x))
+        assert torch.equal(call.output, expected.output)
+        assert call.peak_nbytes <= engine.vram_nbytes
+        graphs.append(fresh_dynamo["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[1]
+    assert graphs[-1] <= (2 if what == "blocks" else 2 * 8 + 2)
+
+
+# ---- several pipelines
+
+
+def test_two_streamed_pipelines_share_one_budget(sim_device):
+    pipes, x = [SMALL.build(seed=1), SMALL.build(seed=2)], noise()
+    expected = [unoffloaded(pipe, x) for pipe in pipes]
+    engines = [streamed(pipe) for pipe in pipes]
+    assert engines[0]._residency is engines[1]._residency
+    for number in (0, 1, 0, 0, 1, 1, 0, 1):
+        torch.accelerator.reset_peak_memory_stats()
+        check(measured(lambda number=number: pipes[number](x)), expected[number], engines[number])
+    engines[0].detach()
+    check(measured(lambda: pipes[1](x)), expected[1], engines[1])
+
+
+@pytest.mark.parametrize("other", ["streamed", "chain mode"])
+def test_a_streamed_pipeline_shares_its_encoder_with_another(sim_device, other):
+    one, two, x = SMALL.build(seed=1), SMALL.build(seed=2), noise()
+    two.te = one.te
+    expected = [unoffloaded(one, x), unoffloaded(two, x)]
+    first = streamed(one)
+    budget = first.vram_nbytes
+    second = offload_engine.attach(two, vram=budget if other == "streamed" else None)
+    if other != "streamed":
+        sim.configure(capacity_nbytes=10 * budget)
+    for number in (0, 1, 0, 0, 1, 1, 0, 1):
+        pipe = (one, two)[number]
+        torch.accelerator.reset_peak_memory_stats()
+        call = measured(lambda pipe=pipe: pipe(x))
+        assert torch.equal(call.output, expected[number].output)
+        if other == "streamed":
+            assert call.peak_nbytes <= budget
+    first.detach()
+    assert torch.equal(two(x), expected[1].output)
+    second.detach()
+    assert torch.equal(one(x), expected[0].output)

@@ -262,7 +262,7 @@ def follow(guide, device, entries, budget, workspaces):
 
 
 @given(walk=walks(), known=st.dictionaries(names, st.integers(1, 6)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_a_careful_walk_never_needs_more_than_the_budget(walk, known):
     budget, here, entries = walk
     workspaces = {name: (work, workspace(name, work)) for name, work in known.items()}
@@ -292,7 +292,7 @@ def planned_walks(draw):
 
 @pytest.mark.parametrize("start", ["anything", "residents"])
 @given(walk=planned_walks(), bandwidth=st.sampled_from([1.0, 30.0, 1e4]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_a_planned_walk_never_needs_more_than_the_budget_whoever_enters(start, walk, bandwidth):
     if walk is None:
         return
@@ -313,7 +313,7 @@ def test_a_planned_walk_never_needs_more_than_the_budget_whoever_enters(start, w
     bandwidth=st.sampled_from([5.0, 100.0]),
     entries=st.lists(names, max_size=12) | st.none(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_in_chain_mode_a_plan_stays_within_the_first_peak_and_keeps_nothing_for_later(
     trace, rounds, room, bandwidth, entries
 ):
