@@ -25,7 +25,9 @@ Block = tuple[str, tuple[nn.Module, ...]]  # path in the component, the modules 
 
 def find_blocks(component: nn.Module) -> list[Block]:
     """The blocks of ``component``, in the order of its definition; see [Note: blocks]."""
-    return _untied(component, _merged(_rows(component, ""), _nbytes([component]) * _LEAST_PART))
+    rows = _row(component, "") if _is_row(component) and _repeats(component) else []
+    rows = rows or _rows(component, "")
+    return _untied(component, _merged(rows, _nbytes([component]) * _LEAST_PART))
 
 
 def named_blocks(component: nn.Module, name: str, paths: Iterable[str]) -> list[Block]:
@@ -35,7 +37,7 @@ def named_blocks(component: nn.Module, name: str, paths: Iterable[str]) -> list[
     modules = dict(component.named_modules())
     for path in paths:
         if path not in modules or not path:
-            near = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
+            near = difflib.get_close_matches(path, filter(None, modules), n=3, cutoff=0.4)
             said = ", ".join(repr(f"{name}.{each}") for each in near) or "none"
             raise ComponentError(
                 f"blocks names {f'{name}.{path}'!r}, which does not exist; near matches: {said}.",

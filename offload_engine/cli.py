@@ -72,7 +72,7 @@ def _bandwidth(device: object, nbytes: int, pin: bool) -> float:
         link.prepare(fetch, [(block, 0)])
         link.queue(fetch)
         link.wait(fetch)
-        seconds = fetch.seconds
+        seconds = fetch.timing.seconds
         best = max(best, nbytes / seconds if seconds else 0.0)
         link.join(fetch)
         fetch.flat = None

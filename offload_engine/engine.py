@@ -261,6 +261,7 @@ class Engine:
         if self.vram_nbytes is not None:
             residency.settle_all(self._units)
         walker.on_wrap, walker.meter = None, Meter(residency.link)
+        walker.sizes = {unit.name: unit.nbytes for unit in self._units}
         walker.guide = self._planner.guide(
             self._chain, self._units, steps, walker.meter, solo=self._solo
         )
@@ -269,7 +270,7 @@ class Engine:
         """The call gave ``result``, or raised ``error``: learn from it, and give memory back."""
         walker, residency = self._walker, self._residency
         guide, meter = walker.guide, walker.meter
-        meter.end(nbytes_on(result, self.device))
+        meter.boundary()
         walker.leave()
         depth = calls_on_stack(self) - 1
         if len(self._calls) > depth:
@@ -293,7 +294,7 @@ class Engine:
             if self.vram_nbytes is None or isinstance(error, torch.OutOfMemoryError):
                 walker.release_all()
             elif error is None and not self._calls:
-                self._settle()
+                self._settle(nbytes_on(result, self.device))
         except Exception:
             if error is None:
                 raise
@@ -411,9 +412,11 @@ class Engine:
         if not self._calls:
             self._planner.ended(guide, meter, log, frozenset(names))
 
-    def _settle(self) -> None:
-        """Has on the device what the plan for the next call begins with."""
-        plan = self._planner.prepare(self._units, self._meter.outside_nbytes)
+    def _settle(self, result_nbytes: int) -> None:
+        """Has on the device what the plan for the next call begins with. The result of this one,
+        ``result_nbytes`` on the device, is expected to be gone by then."""
+        outside = slots.outside_nbytes(self.device) - result_nbytes
+        plan = self._planner.prepare(self._units, outside)
         if plan is None:
             return
         residency = self._residency
@@ -438,7 +441,7 @@ class Engine:
             walker = self._walker
             walker.meter = Meter(self._residency.link, most_marks=_MARKS_BY_HAND)
             walker.guide = self._planner.guide_by_hand(self._chain, self._units, walker.meter)
-            walker.on_wrap = self._idle
+            walker.on_wrap = _weakly(self._idle)  # others may share the walker
 
     def _mount_all(self, progress: bool) -> None:
         """Mounts every component that is not; on failure those mounted here are taken down."""
@@ -792,6 +795,18 @@ def _is_on(module: nn.Module, device: torch.device) -> bool:
 
 def _take_off_protocol(module: nn.Module) -> None:
     module.__dict__.pop("_hf_hook", None)
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """``method``, which does not keep its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        bound = reference()
+        if bound is not None:
+            bound()
+
+    return call
 
 
 def _no_engine() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import repeat
 from math import inf
 from statistics import median
 from typing import NamedTuple
@@ -38,20 +39,19 @@ class Times(NamedTuple):
         return Times(min(self.usual, other.usual), min(self.last, other.last))
 
 
+_NEVER = Times(inf, inf)
+
+
 class Cost(NamedTuple):
     """What all uses at one place of the pattern have in common."""
 
     times: Times  # in the last call or the one before, whichever was shorter
     measured: Times  # in the last call
     workspace_nbytes: int
-    is_exact: bool
+    least_nbytes: int  # it certainly is no less: measured to the byte in one use at least
+    most_nbytes: int  # it certainly was no more in any use of the last call
     work: int
     forwards: int
-
-    @property
-    def least_nbytes(self) -> int:
-        """Of workspace, for certain."""
-        return self.workspace_nbytes if self.is_exact else 0
 
 
 @dataclass(frozen=True)
@@ -75,29 +75,52 @@ class Forecast:
         that is known for as much work is kept where the new one is a mere bound and no better.
         """
         pattern = self._pattern_for(steps)
-        if pattern.trace != [use.unit for use in observed]:
-            fresh = Forecast.of(observed, steps)
-            known, names = self.known_workspaces(), fresh.pattern.names
-            before = [known.get(name, (-1, 0)) for name in names]
-            times = [Times(inf, inf)] * len(names)
+        if pattern.trace == [use.unit for use in observed]:
+            fresh = Forecast(self.pattern, self.steps, _costs(pattern, observed))
+            before: list[Cost | None] = list(self.costs)
+            costs = tuple(map(self._normal, fresh.costs, self.costs, repeat(steps)))
         else:
-            costs = tuple(
-                _normal(fresh, known, steps or self.steps, self.steps)
-                for fresh, known in zip(_costs(pattern, observed), self.costs, strict=True)
-            )
-            fresh = Forecast(self.pattern, self.steps, costs)
-            before = [(cost.work, cost.workspace_nbytes) for cost in self.costs]
-            times = [cost.measured for cost in self.costs]
-        costs = tuple(map(_kept, fresh.costs, before, times))
+            fresh = Forecast.of(observed, steps)
+            largest = self._largest()
+            before = [largest.get(name) for name in fresh.pattern.names]
+            costs = tuple(map(self._counted, fresh.costs, before, repeat(steps)))
+            before = [known and known._replace(measured=_NEVER) for known in before]
+        costs = tuple(map(_kept, costs, before))
         return Forecast(fresh.pattern, fresh.steps, costs)
+
+    def _normal(self, cost: Cost, known: Cost, steps: int | None) -> Cost:
+        """``cost``, of a call with ``steps``, as if with those of this forecast."""
+        if not steps or not self.steps or steps == self.steps:
+            return cost if cost.forwards else cost._replace(forwards=known.forwards)
+        if not _scales(known, self.steps) and not _scales(cost, steps):
+            return cost._replace(forwards=known.forwards or cost.forwards)
+        factor = self.steps / steps
+        return cost._replace(
+            times=cost.times.scaled(factor),
+            measured=cost.measured.scaled(factor),
+            forwards=known.forwards or round(cost.forwards * factor),
+        )
+
+    def _counted(self, cost: Cost, known: Cost | None, steps: int | None) -> Cost:
+        """``cost``, of a call with ``steps``, with the forwards that are ``known`` of its unit, if
+        they were not counted."""
+        if cost.forwards or known is None:
+            return cost
+        if steps and self.steps and _scales(known, self.steps):
+            return cost._replace(forwards=known.forwards // self.steps * steps)
+        return cost._replace(forwards=known.forwards)
+
+    def _largest(self) -> dict[str, Cost]:
+        """For each unit, the cost of its largest use."""
+        found: dict[str, Cost] = {}
+        for name, cost in zip(self.pattern.names, self.costs, strict=True):
+            if name not in found or _size(cost) > _size(found[name]):
+                found[name] = cost
+        return found
 
     def known_workspaces(self) -> dict[str, tuple[int, int]]:
         """For each unit, the work and the workspace of its largest use."""
-        found: dict[str, tuple[int, int]] = {}
-        for name, cost in zip(self.pattern.names, self.costs, strict=True):
-            here = (cost.work, cost.workspace_nbytes)
-            found[name] = max(found.get(name, here), here)
-        return found
+        return {name: _size(cost) for name, cost in self._largest().items()}
 
     def without(self, units: Collection[str]) -> Forecast:
         """This forecast with the workspaces of ``units`` forgotten: whatever they do is more."""
@@ -173,8 +196,8 @@ class Expected(NamedTuple):
         """The plan for it; ``segments``: what to call the segment of each use, else its unit.
         ``needs``: for each unit, those it cannot run without.
 
-        A workspace that is known by a bound alone, which is too high for the budget, is taken to
-        fill it: that use ran, so it needs no more. Raises PlanError where a use does not fit.
+        A workspace that is known by a bound, which is too high for the budget, is taken to fill it:
+        that use ran, so it needs no more. Raises PlanError where a use does not fit.
         """
         sizes: dict[str, int] = {}
         uses = []
@@ -186,7 +209,7 @@ class Expected(NamedTuple):
             sizes[segment] = max(1, nbytes[name])
             sizes.update((other, max(1, nbytes[other])) for other in together[:-1])
             room = max(0, budget_nbytes - sum(sizes[each] for each in together))
-            workspace = cost.workspace_nbytes if cost.is_exact else min(cost.workspace_nbytes, room)
+            workspace = max(cost.least_nbytes, min(cost.workspace_nbytes, room))
             uses.append(Use(together, seconds, workspace))
         return build_plan(
             sizes, uses, budget_nbytes=budget_nbytes, bandwidth=bandwidth, cyclic=cyclic
@@ -201,50 +224,51 @@ def _costs(pattern: Pattern, observed: Seq[Observed]) -> tuple[Cost, ...]:
 
 
 def _cost(uses: Seq[Observed]) -> Cost:
-    known = [use.workspace_nbytes for use in uses if use.is_exact or use.is_sampled]
     times = Times(median(use.seconds for use in uses), uses[-1].seconds)
+    close = [use.workspace_nbytes for use in uses if use.is_exact or use.is_sampled]
+    others = [use.workspace_nbytes for use in uses if not (use.is_exact or use.is_sampled)]
     return Cost(
         times=times,
         measured=times,
-        # Of mere bounds the lowest: what runs there is the same each time.
-        workspace_nbytes=max(known) if known else min(use.workspace_nbytes for use in uses),
-        is_exact=any(use.is_exact for use in uses),
+        # Of mere bounds the lowest: what runs there is much the same each time.
+        workspace_nbytes=max(*close, min(others, default=0), 0),
+        least_nbytes=max((use.workspace_nbytes for use in uses if use.is_exact), default=0),
+        most_nbytes=max(use.workspace_nbytes for use in uses),
         work=max(use.work for use in uses),
         forwards=round(median(use.forwards for use in uses)),
     )
 
 
-def _kept(cost: Cost, known: tuple[int, int], times: Times) -> Cost:
-    """``cost`` with what was ``known`` before (work, workspace), where that says more.
+def _size(cost: Cost) -> tuple[int, int]:
+    return cost.work, cost.workspace_nbytes
 
-    Of the ``times`` of two calls with as much work the shorter count: the other waited for
-    something.
+
+def _kept(cost: Cost, known: Cost | None) -> Cost:
+    """``cost`` with what was ``known`` before, where that says more.
+
+    Of the times of two calls with as much work the shorter count: the other waited for something.
     """
-    work, workspace_nbytes = known
-    if cost.work > work:
+    if known is None or cost.work > known.work:
         return cost
-    if cost.work < work:
-        return cost._replace(work=work, workspace_nbytes=max(workspace_nbytes, cost.least_nbytes))
-    cost = cost._replace(times=cost.times.at_most(times))
-    if cost.is_exact and cost.workspace_nbytes > workspace_nbytes:
-        return cost
-    return cost._replace(workspace_nbytes=min(workspace_nbytes, cost.workspace_nbytes))
+    least = max(cost.least_nbytes, known.least_nbytes)
+    if cost.work < known.work:
+        workspace = max(known.workspace_nbytes, least)
+        return cost._replace(work=known.work, workspace_nbytes=workspace, least_nbytes=least)
+    return cost._replace(
+        times=cost.times.at_most(known.measured),
+        workspace_nbytes=max(least, min(known.workspace_nbytes, cost.most_nbytes)),
+        least_nbytes=least,
+    )
 
 
-def _normal(cost: Cost, known: Cost, steps: int | None, normal: int | None) -> Cost:
-    """``cost``, of a call with ``steps``, as if with ``normal``; forwards that were not counted
-    are those that are ``known``."""
-    if not cost.forwards:
-        forwards = known.forwards
-        if steps and normal and steps != normal:
-            forwards = _for_steps(known, normal, steps).forwards
-        cost = cost._replace(forwards=forwards)
-    return _for_steps(cost, steps, normal) if steps and normal and steps != normal else cost
+def _scales(cost: Cost, steps: int) -> bool:
+    """Whether it runs once per step, or twice..., as it seems. One step shows nothing."""
+    return steps > 1 and cost.forwards > 0 and cost.forwards % steps == 0
 
 
 def _for_steps(cost: Cost, before: int, now: int) -> Cost:
-    """``cost`` of a use that runs once per step, if it seems to be one."""
-    if not cost.forwards or cost.forwards % before or before == 1:
+    """``cost``, of a call with ``before`` steps, in one with ``now``."""
+    if not _scales(cost, before):
         return cost
     return cost._replace(
         times=cost.times.scaled(now / before),

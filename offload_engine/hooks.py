@@ -40,6 +40,7 @@ _ENTRY_METHODS = re.compile(
 )
 
 _HOST = torch.device("cpu")
+_UNKNOWN = 1 << 62  # work of a unit whose size has changed: more than whatever was measured
 
 
 class Walker:
@@ -59,6 +60,7 @@ class Walker:
         self.announced: Unit | None = None  # entered by its pre-hook, its gate comes next
         self.guide: Guide = Chain(Cursor(Sequence(())))
         self.meter = Meter(residency.link)
+        self.sizes: dict[str, int] = {}  # bytes of units when the call began
         self.on_wrap: Callable[[], None] | None = None  # what to do when a round begins anew
 
     @torch.compiler.disable
@@ -80,13 +82,21 @@ class Walker:
             if by_door:
                 self.at_door, self.stream = unit, key
                 return
-            if unit.doors is not None:
-                unit.doors.disarm()
             if guide.watches_forwards or residency.has_more:
+                if unit.doors is not None:
+                    unit.doors.disarm()
                 self.running, self.stream = unit, key
             else:
-                self.opened.append(unit)
-                unit.open_on = key
+                self._open(unit, key)
+                if guide.is_still:
+                    for block in residency.wait_for_blocks(unit):
+                        self._open(block, key)
+
+    def _open(self, unit: Unit, key: Any) -> None:
+        if unit.doors is not None:
+            unit.doors.disarm()
+        self.opened.append(unit)
+        unit.open_on = key
 
     def runs_again(self, unit: Unit, work: int) -> bool:
         """Whether ``unit`` is the one that ran last: then it is counted, and copies go on."""
@@ -113,7 +123,9 @@ class Walker:
         reached = None if again else meter.boundary()
         here = {other.name: other.nbytes for other in residency.resident}
         needs = [other.name for other in unit.needs]
-        late = residency.enter(unit, guide.enter(unit.name, work, here, needs))
+        is_other = unit.nbytes != self.sizes.get(unit.name, unit.nbytes)
+        asked = _UNKNOWN if is_other else work
+        late = residency.enter(unit, guide.enter(unit.name, asked, here, needs))
         if mark is not None and again:
             mark.forwards += 1 if guide.watches_forwards else 0
             mark.work = max(mark.work, work)
@@ -150,11 +162,12 @@ class Walker:
 
 def _is_compiled(unit: Unit) -> bool:
     """Whether any of its modules is compiled: under a dispatch mode it would run otherwise."""
-    return any(
-        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-        for root in unit.modules
-        for module in root.modules()
-    )
+    return any(_is_compiled_itself(m) for root in unit.modules for m in root.modules())
+
+
+def _is_compiled_itself(module: nn.Module) -> bool:
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or hasattr(module, "_orig_mod")
 
 
 class Entry:
@@ -173,7 +186,7 @@ class Entry:
         if self.is_open():
             return None
         entered = self.enter(args, kwargs)
-        self.walker.announced = self.unit
+        self.walker.announced = None if self.is_open() else self.unit
         return entered
 
     def is_open(self) -> bool:
@@ -384,11 +397,19 @@ class UnitDoors:
                 module._forward_hooks[self._hook_id] = self._exit
 
     def disarm(self) -> None:
+        """Takes the hooks off; within a budget not those of compiled roots, whose gates are
+        compiled away."""
+        entry = self._entry
+        stay = [m for m in self._armed if m in entry.unit.modules and _is_compiled_itself(m)]
+        if entry.walker.vram_nbytes is None or not entry.is_live:
+            stay = []
         for module in self._armed:
+            if module in stay:
+                continue
             module._forward_pre_hooks.pop(self._hook_id, None)
             module._forward_pre_hooks_with_kwargs.pop(self._hook_id, None)
             module._forward_hooks.pop(self._hook_id, None)
-        self._armed = []
+        self._armed = stay
 
 
 Undo = list[Callable[[], None]]  # run from the end; safe to run when nothing was done yet

@@ -69,7 +69,7 @@ class Meter:
     def __init__(self, link: Link | None, most_marks: int = 200_000) -> None:
         self._link = link
         self.marks: deque[Mark] = deque(maxlen=most_marks)
-        # Allocated apart from weights, when the call began; see also `end`.
+        # Allocated apart from weights, when the call began.
         self.outside_nbytes = 0 if link is None else slots.outside_nbytes(link.device)
         self.workspaces: dict[str, tuple[int, int]] = {}  # unit -> largest work, its workspace
         self.sampler: Sampler | None = None  # while it watches operators
@@ -148,14 +148,6 @@ class Meter:
                 mark.grown_nbytes = max(mark.grown_nbytes, allocated + gone - mark.before_nbytes)
             self._left = None
 
-    def end(self, result_nbytes: int) -> None:
-        """The call ends here. What it leaves on the device, beside a result that takes
-        ``result_nbytes``, takes the place of what the next call would leave: it is no growth."""
-        self.boundary()
-        if self._link is not None:
-            left = slots.outside_nbytes(self._link.device) - result_nbytes
-            self.outside_nbytes = max(self.outside_nbytes, left)
-
     def begin(self, mark: Mark, reached: torch.Event | None, late: bool) -> None:
         """Its weights are there or on their way (``late``); the next operators belong to it."""
         self.marks.append(mark)
@@ -194,5 +186,4 @@ class Sampler(TorchDispatchMode):
     @staticmethod
     def works_on(device: torch.device) -> bool:
         """Whether the allocator counts what it ever allocated."""
-        current = slots.allocated_nbytes(device)
-        return current > 0 and slots.ever_allocated_nbytes(device) >= current
+        return slots.ever_allocated_nbytes(device) > 0

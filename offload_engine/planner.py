@@ -14,9 +14,11 @@ from .measure import Meter
 from .plan import Plan
 from .residency import Event, Unit
 from .sequence import stages_of
+from .transfers import elapsed_seconds
 from .units import format_nbytes
 
 _SPARE = 1 / 256  # of the budget: for less room a new plan is not worth its making
+_LEFT_NBYTES = 4096  # at most, of timesteps and the like
 _AS_BEFORE = 0.02  # nor for seconds that differ by less than this part of the call
 _AS_IN_FIRST = 1e-3  # the same, after the first call that was planned
 
@@ -40,6 +42,7 @@ class Planner:
         self._chain_peak_nbytes = 0
         self._steps: int | None = None
         self._planned_calls = 0  # in a row, that went as planned
+        self._last_still: Meter | None = None
         self._planned_for: tuple[Forecast, int | None, int, float, dict[str, int]] | None = None
         self._last: tuple[Guide, Meter, deque[Event], frozenset[str]] | None = None
 
@@ -54,8 +57,10 @@ class Planner:
     ) -> Guide:
         """The guide of a call that begins; ``units``: those of the pipeline."""
         self._study()
+        is_confirmed = self._is_confirmed()
         self._steps = steps
         self.outside_nbytes = min(self.outside_nbytes, meter.outside_nbytes)
+        meter.outside_nbytes = self.normal(meter.outside_nbytes)
         if self.vram_nbytes is None and solo:
             self.plan = None
         else:
@@ -68,7 +73,7 @@ class Planner:
                 names = _stretches(expected.trace, _sizes(units))
                 unit_of = dict(zip(names, expected.trace, strict=True))
             otherwise = self.guide_by_hand(chain, units, meter)
-            return Planned(
+            guide = Planned(
                 self.plan,
                 expected.trace,
                 expected.works,
@@ -76,6 +81,8 @@ class Planner:
                 unit_of,
                 expected.forwards,
             )
+            guide.is_still = guide.is_still and is_confirmed
+            return guide
         return self.guide_by_hand(chain, units, meter)
 
     def guide_by_hand(
@@ -91,14 +98,16 @@ class Planner:
 
     def ended(self, guide: Guide, meter: Meter, log: deque[Event], units: frozenset[str]) -> None:
         """A call that ``guide`` led came to its end."""
-        if not guide.is_still:  # such a call shows each unit once
+        if guide.is_still:  # such a call shows each unit once: only its length tells anything
+            self._last_still = meter
+        else:
             self._last = (guide, meter, log, units)
 
     def prepare(self, units: Collection[Unit], outside_nbytes: int) -> Plan | None:
         """The plan for the next call, if it is to be like the last one."""
         if self._last is not None and not _went_as_planned(self._last[0]):
             self._study()
-        self._make_plan(units, self._steps, outside_nbytes)
+        self._make_plan(units, self._steps, self.normal(outside_nbytes))
         return self.plan
 
     def ran_out(self, meter: Meter) -> None:
@@ -138,11 +147,29 @@ class Planner:
 
     # ---- inside
 
+    def normal(self, outside_nbytes: int) -> int:
+        """What is allocated beside weights, without the few numbers that schedulers leave on the
+        device: they count as the next call's own, which puts its own in their place."""
+        growth = outside_nbytes - self.outside_nbytes
+        return self.outside_nbytes if 0 < growth <= _LEFT_NBYTES else outside_nbytes
+
     def _budget(self, outside_nbytes: int) -> int:
         """Bytes for weights and workspaces. What is on the device since attaching, such as results
         that the user keeps, counts as well."""
         assert self.vram_nbytes is not None
         return max(1, self.vram_nbytes - max(0, outside_nbytes - self.outside_nbytes))
+
+    def _is_confirmed(self) -> bool:
+        """Whether the last call, if nothing moved in it, took as long as its plan says; if not,
+        the next one is to be measured use by use."""
+        meter, self._last_still = self._last_still, None
+        if meter is None or self.plan is None or not meter.marks:
+            return True
+        ended = meter.marks[-1].ended
+        if ended is None or not ended.query():
+            return True
+        took = elapsed_seconds(meter.marks[0].reached, ended)
+        return abs(took - self.plan.seconds) <= _AS_BEFORE * took
 
     def _study(self) -> None:
         """Reads what the last call measured. Waits for its end on the device, unless it went as
@@ -261,7 +288,8 @@ def _is_same(
     return (
         before is not None
         and now[0].is_like(before[0], _SPARE * now[2], tolerance)
-        and now[1:3] == before[1:3]
+        and now[1] == before[1]
+        and before[2] <= now[2] <= before[2] * (1 + _SPARE)
         and now[4] == before[4]
         and abs(now[3] - before[3]) <= 0.02 * before[3]
     )
@@ -273,6 +301,6 @@ def _bandwidth(log: deque[Event]) -> float:
     for event in log:
         if event.fetch is not None:
             took = event.fetch.seconds
-            if took > 0 and not event.fetch.to_queue:
+            if took > 0 and event.fetch.is_complete:
                 nbytes, seconds = nbytes + event.nbytes, seconds + took
     return nbytes / seconds if seconds else 0.0

@@ -27,7 +27,7 @@ from . import watch as watch_room
 from .guide import Move
 from .host_store import Block, HostStore, trim
 from .segments import Scan, TypedFlat, View, Wrapper, inner_tensors, layout, rebuild, scan, stack
-from .transfers import Fetch, Link
+from .transfers import Fetch, Link, Timing
 from .watch import is_touched, same_content, unwatch, watch
 
 
@@ -48,7 +48,7 @@ class Event(NamedTuple):
     nbytes: int
     at_seconds: float
     allocated_nbytes: int  # on the device, right after
-    fetch: Fetch | None = None
+    fetch: Timing | None = None
 
 
 class Doors(Protocol):
@@ -547,18 +547,19 @@ class Residency:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.link = Link(device) if device.type != "cpu" else None
-        self.units: dict[str, Unit] = {}
+        # By name. A unit lives as long as its modules, which its hooks are on.
+        self.units: weakref.WeakValueDictionary[str, Unit] = weakref.WeakValueDictionary()
         self.log = new_log()
         self.lock = threading.RLock()
         self.busy = False  # a call is under way
-        self._started: deque[Fetch] = deque()  # with copies that may not be queued yet
+        self._started: deque[weakref.ref[Fetch]] = deque()  # their copies may not be queued yet
         self._part_nbytes = math.inf
         _residencies.add(self)
 
     @property
     def resident(self) -> list[Unit]:
         """Units with weights on the device now, or on their way there or back."""
-        return [unit for unit in self.units.values() if unit.state is not State.HOST]
+        return [unit for unit in list(self.units.values()) if unit.state is not State.HOST]
 
     def settle(self, unit: Unit | None = None) -> None:
         """Releases what was interrupted half way, and ``unit`` if its weights were moved."""
@@ -614,12 +615,19 @@ class Residency:
     def _queue(self, nbytes: float) -> None:
         """Queues copies of ``nbytes``, of the fetches that began first."""
         while self._started and self.link is not None:
-            fetch = self._started[0]
-            if fetch.flat is not None and fetch.to_queue:
+            fetch = self._started[0]()
+            if fetch is not None and fetch.flat is not None and fetch.to_queue:
                 nbytes = self.link.queue(fetch, nbytes)
-            if fetch.flat is not None and fetch.to_queue:
-                return
+                if fetch.to_queue:
+                    return
             self._started.popleft()
+
+    def wait_for_blocks(self, rest: Unit) -> list[Unit]:
+        """The resident units that cannot run without ``rest``, ready on the current stream."""
+        blocks = [unit for unit in self.resident if rest in unit.needs and unit.is_whole]
+        for unit in blocks:
+            self._wait(unit)
+        return blocks
 
     def _wait(self, unit: Unit) -> bool:
         """True if the current stream had not waited for the weights before."""
@@ -647,8 +655,8 @@ class Residency:
                 raise
             return
         assert unit.fetch is not None
-        self._started.append(unit.fetch)
-        self.note("fetch", unit, unit.nbytes, unit.fetch)
+        self._started.append(weakref.ref(unit.fetch))
+        self.note("fetch", unit, unit.nbytes, unit.fetch.timing)
 
     def _make_ready(self, unit: Unit, needed: Collection[Unit]) -> bool:
         """Has ``unit`` resident on the current stream; True if that has to wait for it."""
@@ -693,7 +701,7 @@ class Residency:
         """Releases every unit and waits until no copy reads a master: the host may write them."""
         for unit in self.resident:
             self.release(unit)
-        for unit in self.units.values():
+        for unit in list(self.units.values()):
             unit.finish(self.link)
 
     def adopt(self, unit: Unit, on_copy: OnCopy) -> None:
@@ -715,7 +723,7 @@ class Residency:
         self.units.update(other.units)
         other.units = self.units
 
-    def note(self, kind: str, unit: Unit, nbytes: int, fetch: Fetch | None = None) -> None:
+    def note(self, kind: str, unit: Unit, nbytes: int, fetch: Timing | None = None) -> None:
         now = slots.allocated_nbytes(self.device)
         self.log.append(Event(kind, unit.name, nbytes, time.perf_counter(), now, fetch))
 

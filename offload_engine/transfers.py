@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -30,6 +31,36 @@ from .host_store import Block
 _LEAST_NBYTES = 2**12  # smaller copies are not worth their launch
 
 
+class Timing:
+    """When the copies of one fetch ran."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[torch.Event, torch.Event]] = []  # around what was queued together
+        self.is_complete = False
+
+    @property
+    def seconds(self) -> float:
+        """Time on the link; 0.0 where the device does not time. Waits for the copies."""
+        return sum(elapsed_seconds(began, ended) for began, ended in self.spans)
+
+
+class _InFlight:
+    """What must outlive copies that nobody has waited for yet, even if their slot is dropped with
+    all that knows of it: the garbage collector orders no streams."""
+
+    def __init__(self, owner: torch.Stream) -> None:
+        self.owner = owner
+        self.last: torch.Event | None = None
+        self.blocks: list[Block] = []
+
+    def settle(self) -> None:
+        """Called when the slot dies."""
+        if self.last is not None:
+            self.owner.wait_event(self.last)
+            self.last.synchronize()
+        self.blocks.clear()
+
+
 class Fetch:
     """A slot and the copies on their way into it, with its streams."""
 
@@ -39,13 +70,10 @@ class Fetch:
         self.users: list[torch.Stream] = []  # streams that waited for it, the owner included
         self.granted: torch.Event | None = None
         self.to_queue: deque[tuple[Block, int, int, int]] = deque()  # block, start, stop, target
-        self.spans: list[tuple[torch.Event, torch.Event]] = []  # around what was queued together
         self.ready: torch.Event | None = None  # after the last copy
-
-    @property
-    def seconds(self) -> float:
-        """Time on the link; 0.0 where the device does not time. Waits for the copies."""
-        return sum(elapsed_seconds(began, ended) for began, ended in self.spans)
+        self.timing = Timing()
+        self.in_flight = _InFlight(owner)
+        weakref.finalize(flat.untyped_storage(), self.in_flight.settle).atexit = False
 
 
 class Link:
@@ -69,6 +97,7 @@ class Link:
         fetch.granted = torch.Event(device=self.device)
         fetch.granted.record(fetch.owner)
         for block, offset in blocks:
+            fetch.in_flight.blocks.append(block)
             fetch.to_queue.extend((block, start, stop, offset) for start, stop in block.pieces())
         if not fetch.to_queue:
             self.queue(fetch)
@@ -80,7 +109,7 @@ class Link:
         assert fetch.flat is not None
         began = torch.Event(device=self.device, enable_timing=True)
         with self.copy_stream, torch.inference_mode(False), torch.no_grad():
-            if not fetch.spans:
+            if not fetch.timing.spans:
                 self.order(self.copy_stream, fetch.granted)
             began.record(self.copy_stream)
             while fetch.to_queue and nbytes >= min(_LEAST_NBYTES, _left_nbytes(fetch)):
@@ -98,9 +127,11 @@ class Link:
     def _end_span(self, fetch: Fetch, began: torch.Event) -> None:
         ended = torch.Event(device=self.device, enable_timing=True)
         ended.record(self.copy_stream)
-        fetch.spans.append((began, ended))
+        fetch.timing.spans.append((began, ended))
+        fetch.in_flight.last = ended
         if not fetch.to_queue:
             fetch.ready = ended
+            fetch.timing.is_complete = True
 
     def wait(self, fetch: Fetch) -> None:
         """Makes the current stream wait for the copies."""
@@ -108,6 +139,8 @@ class Link:
         stream = self.current_stream()
         self.order(stream, fetch.ready)
         fetch.users.append(stream)
+        if stream == fetch.owner:
+            fetch.in_flight.last = None
 
     def mark(self) -> torch.Event:
         """A timed event, recorded on the current stream."""
@@ -124,6 +157,7 @@ class Link:
             fetch.to_queue.clear()
             fetch.ready = torch.Event(device=self.device)
             fetch.ready.record(self.copy_stream)
+        fetch.in_flight.last = None
         here = self.current_stream()
         for stream in {fetch.owner, here} if fetch.owner != here else {here}:
             if stream not in fetch.users:
@@ -136,7 +170,8 @@ class Link:
 
     def finish(self, fetch: Fetch) -> None:
         """Blocks the host until the copies have left host memory; mostly they have long."""
-        last = fetch.ready or (fetch.spans[-1][1] if fetch.spans else None)
+        spans = fetch.timing.spans
+        last = fetch.ready or (spans[-1][1] if spans else None)
         if last is not None and not last.query():
             last.synchronize()
 

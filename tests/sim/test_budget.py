@@ -118,9 +118,9 @@ def test_a_planned_call_takes_the_time_and_the_bytes_of_its_plan(
                 assert close(call.seconds, plan_seconds)
                 assert close(report.seconds, plan_seconds)
             # The bound was made from the times of the call before.
-            assert report.bound_seconds <= report.seconds * 1.005
+            assert report.bound_seconds <= report.seconds * 1.02
             assert report.efficiency == report.bound_seconds / report.seconds
-            assert 0.5 < report.efficiency <= 1.005
+            assert 0.5 < report.efficiency <= 1.02
             weights_nbytes = call.moved.h2d_nbytes - expected.moved.h2d_nbytes
             assert abs(weights_nbytes - engine.plan.fetched_nbytes) <= 16  # split at whole bytes
             assert call.moved.d2h_nbytes == expected.moved.d2h_nbytes

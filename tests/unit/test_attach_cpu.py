@@ -8,7 +8,13 @@ import torch
 from torch import nn
 
 import offload_engine
-from offload_engine.errors import ComponentError, DeviceError, OffloadError, PlanError, SequenceError
+from offload_engine.errors import (
+    ComponentError,
+    DeviceError,
+    OffloadError,
+    PlanError,
+    SequenceError,
+)
 
 
 def make():

@@ -40,6 +40,10 @@ class Device:
 # ---- chain mode, the first call
 
 
+def table(workspaces):
+    return lambda name: workspaces.get(name, (-1, 0))
+
+
 def test_chain_keeps_one_stage_at_a_time():
     guide, device = Chain(Cursor(parse("te->controlnet+unet->vae"))), Device()
     moves = [device.enter(guide, name) for name in ("te", "controlnet", "unet", "controlnet")]
@@ -53,7 +57,7 @@ def test_chain_keeps_one_stage_at_a_time():
 
 
 def careful(budget, **workspaces):
-    return Careful(SIZES, budget, dict(workspaces))
+    return Careful(SIZES, budget, table(workspaces))
 
 
 def test_a_unit_that_was_not_measured_runs_alone():
@@ -78,7 +82,7 @@ def test_more_to_do_than_was_measured_is_not_measured():
 
 def test_what_is_measured_during_the_call_counts_from_then_on():
     workspaces = {}
-    guide, device = Careful(SIZES, 1000, workspaces), Device()
+    guide, device = Careful(SIZES, 1000, table(workspaces)), Device()
     for name in ("controlnet", "unet"):
         device.enter(guide, name)
         workspaces[name] = (1, 10)
@@ -125,7 +129,7 @@ def plan_for(trace, budget, workspaces=None, bandwidth=10.0, **options):
 
 def planned(plan, trace, works=None, otherwise=None):
     works = works or [1] * len(trace)
-    otherwise = otherwise or Careful(SIZES, plan.budget_nbytes, {})
+    otherwise = otherwise or Careful(SIZES, plan.budget_nbytes, table({}))
     return Planned(plan, trace, works, otherwise)
 
 
@@ -207,7 +211,7 @@ def test_larger_work_and_unknown_units_are_left_to_the_other_guide():
 def test_an_unknown_unit_makes_everything_leave_only_until_it_is_measured():
     workspaces = dict.fromkeys(USUAL, (1, 0))
     plan = plan_for(USUAL, 300, cyclic=True)
-    guide = planned(plan, USUAL, otherwise=Careful(SIZES, 300, workspaces))
+    guide = planned(plan, USUAL, otherwise=Careful(SIZES, 300, table(workspaces)))
     device = Device(here=plan.resident)
     for step in range(4):
         device.enter(guide, "controlnet")
@@ -266,7 +270,7 @@ def follow(guide, device, entries, budget, workspaces):
 def test_a_careful_walk_never_needs_more_than_the_budget(walk, known):
     budget, here, entries = walk
     workspaces = {name: (work, workspace(name, work)) for name, work in known.items()}
-    guide = Careful(SIZES, budget, workspaces)
+    guide = Careful(SIZES, budget, table(workspaces))
     follow(guide, Device(ALL, here), entries, budget, workspaces)
 
 
@@ -301,7 +305,9 @@ def test_a_planned_walk_never_needs_more_than_the_budget_whoever_enters(start, w
     sizes = {name: SIZES[name] for name in trace}
     plan = build_plan(sizes, uses, budget_nbytes=budget, bandwidth=bandwidth, cyclic=True)
     workspaces = {name: (works[name], workspace(name, works[name])) for name in trace}
-    guide = Planned(plan, trace, [works[n] for n in trace], Careful(SIZES, budget, workspaces))
+    guide = Planned(
+        plan, trace, [works[n] for n in trace], Careful(SIZES, budget, table(workspaces))
+    )
     device = Device(ALL, here if start == "anything" else plan.resident)
     follow(guide, device, entries, budget, workspaces)
 
