@@ -89,7 +89,7 @@ class Walker:
             else:
                 self._open(unit, key)
                 if guide.is_still:
-                    for block in residency.wait_for_blocks(unit):
+                    for block in residency.landed_blocks(unit):
                         self._open(block, key)
 
     def _open(self, unit: Unit, key: Any) -> None:

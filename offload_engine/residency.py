@@ -622,12 +622,19 @@ class Residency:
                     return
             self._started.popleft()
 
-    def wait_for_blocks(self, rest: Unit) -> list[Unit]:
-        """The resident units that cannot run without ``rest``, ready on the current stream."""
-        blocks = [unit for unit in self.resident if rest in unit.needs and unit.is_whole]
-        for unit in blocks:
-            self._wait(unit)
-        return blocks
+    def landed_blocks(self, rest: Unit) -> list[Unit]:
+        """The units that cannot run without ``rest`` and are there, ready on this stream."""
+        found = []
+        for unit in self.resident:
+            fetch = unit.fetch
+            if rest not in unit.needs or fetch is None or fetch.ready is None:
+                continue
+            if unit.state is State.LOADING and fetch.ready.query():
+                self._make_ready(unit, (unit,))
+            if unit.state is State.RESIDENT and not unit.stale:
+                self._wait(unit)
+                found.append(unit)
+        return found
 
     def _wait(self, unit: Unit) -> bool:
         """True if the current stream had not waited for the weights before."""

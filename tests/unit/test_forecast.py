@@ -42,7 +42,8 @@ def predicted(forecast, steps=None):
     """The uses that a plan without any limits has."""
     expected = forecast.expect(steps)
     plan = expected.plan(SIZES, budget_nbytes=10**6, bandwidth=1e9)
-    more = zip(expected.works, (cost.is_exact for cost in expected.costs), strict=True)
+    exact = [cost.least_nbytes == cost.workspace_nbytes for cost in expected.costs]
+    more = zip(expected.works, exact, strict=True)
     return [
         Predicted(use.segments[-1], use.seconds, use.workspace_nbytes, *each)
         for use, each in zip(plan.uses, more, strict=True)
