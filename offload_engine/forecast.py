@@ -250,14 +250,15 @@ def _kept(cost: Cost, known: Cost | None) -> Cost:
     """
     if known is None or cost.work > known.work:
         return cost
-    least = max(cost.least_nbytes, known.least_nbytes)
     if cost.work < known.work:
+        least = max(cost.least_nbytes, known.least_nbytes)
         workspace = max(known.workspace_nbytes, least)
         return cost._replace(work=known.work, workspace_nbytes=workspace, least_nbytes=least)
+    workspace = max(cost.least_nbytes, min(known.workspace_nbytes, cost.most_nbytes))
     return cost._replace(
         times=cost.times.at_most(known.measured),
-        workspace_nbytes=max(least, min(known.workspace_nbytes, cost.most_nbytes)),
-        least_nbytes=least,
+        workspace_nbytes=workspace,
+        least_nbytes=max(cost.least_nbytes, min(known.least_nbytes, workspace)),
     )
 
 

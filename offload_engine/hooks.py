@@ -64,10 +64,10 @@ class Walker:
         self.on_wrap: Callable[[], None] | None = None  # what to do when a round begins anew
 
     @torch.compiler.disable
-    def enter(self, unit: Unit, work: int, *, by_door: bool = False) -> None:
+    def enter(self, unit: Unit, work: int, *, way: str = "forward", by_door: bool = False) -> None:
         """Has ``unit`` resident on the current stream, and what the guide allows beside it.
 
-        ``work``: elements in the tensors it is given.
+        ``work``: elements in the tensors it is given; ``way``: the method it is entered by.
         """
         residency, guide = self.residency, self.guide
         with residency.lock:
@@ -77,7 +77,7 @@ class Walker:
             if self.on_wrap is not None and guide.wraps(unit.name):
                 self.on_wrap()
                 guide = self.guide
-            self._switch(unit, work, guide)
+            self._switch(unit, work, way, guide)
             key = self.stream_key()
             if by_door:
                 self.at_door, self.stream = unit, key
@@ -98,12 +98,14 @@ class Walker:
         self.opened.append(unit)
         unit.open_on = key
 
-    def runs_again(self, unit: Unit, work: int) -> bool:
+    def runs_again(self, unit: Unit, work: int, way: str) -> bool:
         """Whether ``unit`` is the one that ran last: then it is counted, and copies go on."""
         if self.running is not unit or unit.state is not State.RESIDENT or unit.stale:
             return False
         mark = self.meter.marks[-1] if self.meter.marks else None
         if mark is None or work > mark.work or self.stream_key() != self.stream:
+            return False
+        if (unit.name, way) not in self.meter.ways:
             return False
         if self.guide.watches_forwards:
             mark.forwards += 1
@@ -115,7 +117,7 @@ class Walker:
                 unit.open_on = self.stream
         return True
 
-    def _switch(self, unit: Unit, work: int, guide: Guide) -> None:
+    def _switch(self, unit: Unit, work: int, way: str, guide: Guide) -> None:
         residency, meter = self.residency, self.meter
         residency.settle(unit)
         mark = meter.marks[-1] if meter.marks else None
@@ -124,7 +126,9 @@ class Walker:
         here = {other.name: other.nbytes for other in residency.resident}
         needs = [other.name for other in unit.needs]
         is_other = unit.nbytes != self.sizes.get(unit.name, unit.nbytes)
-        asked = _UNKNOWN if is_other else work
+        is_new_way = guide.samples and (unit.name, way) not in meter.ways
+        meter.ways.add((unit.name, way))
+        asked = _UNKNOWN if is_other or is_new_way else work
         late = residency.enter(unit, guide.enter(unit.name, asked, here, needs))
         if mark is not None and again:
             mark.forwards += 1 if guide.watches_forwards else 0
@@ -193,7 +197,7 @@ class Entry:
         """Whether the unit is the one that ran last, on this very stream."""
         return bool(self.walker.stream_key() == self.unit.open_on)
 
-    def enter(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def enter(self, args: Any, kwargs: Any, way: str = "forward") -> tuple[Any, Any]:
         """Has the unit resident; gives the arguments back on its device.
 
         Once closed it lets everything pass: somebody may have wrapped what it stood before.
@@ -205,8 +209,8 @@ class Entry:
             walker.announced = None
         else:
             work = _elements([args, kwargs])
-            if not walker.runs_again(unit, work):
-                walker.enter(unit, work)
+            if not walker.runs_again(unit, work, way):
+                walker.enter(unit, work, way=way)
         return to_device(args, self.device), to_device(kwargs, self.device)
 
     def close(self) -> None:
@@ -273,7 +277,7 @@ class MethodEntry:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._entry.is_open():
             return self._bare(*args, **kwargs)
-        args, kwargs = self._entry.enter(args, kwargs)
+        args, kwargs = self._entry.enter(args, kwargs, self._name)
         return self._entry.walker.run(self._entry.unit, self._bare, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -296,8 +300,11 @@ class Gate(MethodEntry):
         walker = self._walker
         if torch.compiler.is_compiling() or walker.stream_key() == self._unit.open_on:
             return self._bare(*args, **kwargs)
+        # Somebody runs the blocks of a component one by one, on the host as it seems; see DoorExit.
+        by_hand = bool(self._unit.needs) and _all_on_host([args, kwargs])
         args, kwargs = self._entry.enter(args, kwargs)
-        return walker.run(self._unit, self._bare, args, kwargs)
+        output = walker.run(self._unit, self._bare, args, kwargs)
+        return to_device(output, _HOST) if by_hand else output
 
 
 class ApplyWatch(MethodEntry):
@@ -305,7 +312,7 @@ class ApplyWatch(MethodEntry):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         walker, unit = self._entry.walker, self._entry.unit
-        if walker.is_tight_for(unit):
+        if walker.is_tight_for(unit) and (not args or _widens(args[0], self._module)):
             walker.leave()
             walker.residency.release(unit)
         try:
@@ -314,6 +321,18 @@ class ApplyWatch(MethodEntry):
             unit.after_apply(walker.residency.link)
             if unit.stale:
                 walker.leave()
+
+
+def _widens(change: Callable[[Tensor], Tensor], module: nn.Module) -> bool:
+    """Whether ``change``, what ``_apply`` does to each weight, makes them larger."""
+    first = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if first is None:
+        return False
+    try:
+        after = change(torch.empty(0, dtype=first.dtype, device=first.device))
+        return after.dtype.itemsize > first.dtype.itemsize
+    except Exception:
+        return True
 
 
 class _Detachable(Protocol):

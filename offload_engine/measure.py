@@ -72,6 +72,7 @@ class Meter:
         # Allocated apart from weights, when the call began.
         self.outside_nbytes = 0 if link is None else slots.outside_nbytes(link.device)
         self.workspaces: dict[str, tuple[int, int]] = {}  # unit -> largest work, its workspace
+        self.ways: set[tuple[str, str]] = set()  # unit, method: what was entered, and how
         self.sampler: Sampler | None = None  # while it watches operators
         self._grown: dict[str, tuple[int, int]] = {}  # unit -> largest work sampled, its growth
         self._left: tuple[int, int] | None = None  # allocated, and ever, after the last forward

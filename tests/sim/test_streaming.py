@@ -180,7 +180,7 @@ def test_a_streamed_call_is_as_fast_as_the_budget_allows(sim_device, name, fract
 def test_a_streamed_call_copies_little_more_than_it_must(sim_device, name, fraction):
     call = steady(name, fraction)
     spared = call.copied_nbytes - call.least_nbytes
-    assert spared <= max(0.35 * call.least_nbytes, 0.4 * call.weights_nbytes)
+    assert spared <= max(0.35 * call.least_nbytes, 0.3 * call.weights_nbytes)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -609,7 +609,7 @@ def test_what_a_step_keeps_for_the_next_counts_in_the_plan(sim_device, caplog, f
             plan = engine._planner.plan_of_last_call
             assert abs(call.moved.h2d_nbytes - x.nbytes - plan.fetched_nbytes) <= 16
             assert call.seconds == pytest.approx(plan.seconds, rel=0.02)
-    assert not caplog.records
+    assert not [r for r in caplog.records if r.name.startswith("offload_engine")]
 
 
 class TwoWays(Stack):
@@ -643,7 +643,7 @@ def test_decoding_is_not_taken_for_the_encoding_before_it(sim_device, caplog):
     for _ in range(4):
         torch.accelerator.reset_peak_memory_stats()
         check(measured(lambda: pipe(x)), expected, engine)
-    assert not caplog.records
+    assert not [r for r in caplog.records if r.name.startswith("offload_engine")]
 
 
 # Not Qwen-Image: a cache of diffusers keeps its rotary embeddings on the device for good.
@@ -673,7 +673,24 @@ def test_real_pipelines_stream_as_planned(sim_device, caplog, name):
             assert copied == pytest.approx(plan.fetched_nbytes, rel=0.001)
             assert call.seconds == pytest.approx(plan.seconds, rel=0.02)
             assert call.seconds <= 1.1 * plan.bound_seconds
-    assert not caplog.records
+    assert not [r for r in caplog.records if r.name.startswith("offload_engine")]
+
+
+def test_a_pipeline_that_runs_blocks_by_hand_on_the_host_gets_results_there(sim_device):
+    """Ideogram 4 asks for the device of its text encoder and runs its layers itself."""
+    case = PIPELINES["ideogram4"]
+    pipe = case.build("tiny").to(sim_device)
+    expected = measured(lambda: case.run(pipe, 2))
+    del pipe
+    gc.collect()
+    pipe = case.build("tiny")
+    engine = offload_engine.attach(pipe, case.seq, vram=300_000)
+    assert any(name.startswith("text_encoder.") for name in engine._residency.units)
+    for _ in range(3):
+        torch.accelerator.reset_peak_memory_stats()
+        call = measured(lambda: case.run(pipe, 2))
+        assert torch.equal(call.output, expected.output)
+        assert call.peak_nbytes <= 300_000
 
 
 # ---- what the user asks for
@@ -996,6 +1013,25 @@ def fresh_dynamo():
     torch._dynamo.utils.counters.clear()
     yield torch._dynamo.utils.counters
     torch._dynamo.reset()
+
+
+def test_the_repeated_blocks_of_flux_are_compiled_once_each(sim_device, fresh_dynamo):
+    case, pipe = PIPELINES["flux"], copy.deepcopy(deep_flux()).to(sim_device)
+    torch.accelerator.reset_peak_memory_stats()
+    expected = measured(lambda: case.run(pipe, 2))
+    pipe.to("cpu")
+    pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    budget = expected.peak_nbytes - weights_nbytes(pipe) // 2
+    engine = offload_engine.attach(pipe, vram=budget)
+    sim.configure(capacity_nbytes=budget, h2d_bandwidth=2e9, pageable_bandwidth=2e9)
+    for _ in range(4):
+        torch.accelerator.reset_peak_memory_stats()
+        call = measured(lambda: case.run(pipe, 2))
+        check(call, expected, engine)
+        assert fresh_dynamo["stats"]["unique_graphs"] <= 2 * 2  # two kinds of blocks
+    plan = engine._planner.plan_of_last_call
+    assert [mark.unit for mark in engine._meter.marks] == [use.segments[-1] for use in plan.uses]
+    assert call.seconds == pytest.approx(plan.seconds, rel=0.02)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
