@@ -57,6 +57,7 @@ class Walker:
         if residency.link is not None:
             self.stream_key = residency.link.current_key
         self.vram_nbytes: int | None = None  # the budget, if there is one
+        self.by_hand: Unit | None = None  # entered by its pre-hook, with arguments on the host
         self.announced: Unit | None = None  # entered by its pre-hook, its gate comes next
         self.guide: Guide = Chain(Cursor(Sequence(())))
         self.meter = Meter(residency.link)
@@ -137,10 +138,10 @@ class Walker:
             forwards = 1 if guide.watches_forwards else 0
             meter.begin(Mark(unit.name, work, forwards), reached, late)
 
-    def run(self, unit: Unit, bare: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def run(self, unit: Unit, way: str, bare: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs ``bare`` of a unit that was just entered, watched if the guide wants to know."""
         if self.guide.samples and not _is_compiled(unit):
-            return self.meter.run(unit.name, bare, args, kwargs)
+            return self.meter.run(unit.name, way, bare, args, kwargs)
         return bare(*args, **kwargs)
 
     def is_tight_for(self, unit: Unit) -> bool:
@@ -189,8 +190,13 @@ class Entry:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.is_open():
             return None
+        walker, unit = self.walker, self.unit
+        by_hand = bool(unit.needs) and _all_on_host([args, kwargs])
         entered = self.enter(args, kwargs)
-        self.walker.announced = None if self.is_open() else self.unit
+        if by_hand:
+            unit.open_on = CLOSED  # so that its gate sees to the result
+        walker.by_hand = unit if by_hand else None
+        walker.announced = None if self.is_open() else unit
         return entered
 
     def is_open(self) -> bool:
@@ -278,7 +284,7 @@ class MethodEntry:
         if self._entry.is_open():
             return self._bare(*args, **kwargs)
         args, kwargs = self._entry.enter(args, kwargs, self._name)
-        return self._entry.walker.run(self._entry.unit, self._bare, args, kwargs)
+        return self._entry.walker.run(self._entry.unit, self._name, self._bare, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self._module))
@@ -301,9 +307,11 @@ class Gate(MethodEntry):
         if torch.compiler.is_compiling() or walker.stream_key() == self._unit.open_on:
             return self._bare(*args, **kwargs)
         # Somebody runs the blocks of a component one by one, on the host as it seems; see DoorExit.
-        by_hand = bool(self._unit.needs) and _all_on_host([args, kwargs])
+        by_hand = walker.by_hand is self._unit
+        by_hand = by_hand or (bool(self._unit.needs) and _all_on_host([args, kwargs]))
+        walker.by_hand = None
         args, kwargs = self._entry.enter(args, kwargs)
-        output = walker.run(self._unit, self._bare, args, kwargs)
+        output = walker.run(self._unit, "forward", self._bare, args, kwargs)
         return to_device(output, _HOST) if by_hand else output
 
 
@@ -419,9 +427,12 @@ class UnitDoors:
         """Takes the hooks off; within a budget not those of compiled roots, whose gates are
         compiled away."""
         entry = self._entry
-        stay = [m for m in self._armed if m in entry.unit.modules and _is_compiled_itself(m)]
-        if entry.walker.vram_nbytes is None or not entry.is_live:
-            stay = []
+        stay: list[nn.Module] = []
+        if entry.walker.vram_nbytes is not None and entry.is_live:
+            outer = [root for unit in entry.unit.needs for root in unit.modules]
+            within = any(map(_is_compiled_itself, outer))
+            roots = [module for module in self._armed if module in entry.unit.modules]
+            stay = [module for module in roots if within or _is_compiled_itself(module)]
         for module in self._armed:
             if module in stay:
                 continue

@@ -75,6 +75,7 @@ class Meter:
         self.ways: set[tuple[str, str]] = set()  # unit, method: what was entered, and how
         self.sampler: Sampler | None = None  # while it watches operators
         self._grown: dict[str, tuple[int, int]] = {}  # unit -> largest work sampled, its growth
+        self._sampled: dict[tuple[str, str], int] = {}  # unit, method -> largest work sampled
         self._left: tuple[int, int] | None = None  # allocated, and ever, after the last forward
 
     @property
@@ -94,7 +95,8 @@ class Meter:
             last.ended = event
             last.peak_after_nbytes = slots.peak_nbytes(self._link.device)
             measured = (last.work, last.workspace_nbytes(self.outside_nbytes)[0])
-            self.workspaces[last.unit] = max(self.workspaces.get(last.unit, measured), measured)
+            known = self.workspaces.get(last.unit, measured)
+            self.workspaces[last.unit] = (max(known[0], measured[0]), max(known[1], measured[1]))
         return event
 
     def workspace_of(self, unit: str) -> tuple[int, int]:
@@ -107,17 +109,18 @@ class Meter:
             workspace = max(workspace, there + grown)
         return work, workspace
 
-    def run(self, unit: str, bare: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Runs ``bare`` of ``unit``, which was just entered, and samples what it allocates; unless
-        a forward with as much work was sampled before."""
+    def run(self, unit: str, way: str, bare: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Runs ``bare``, the method ``way`` of ``unit``, which was just entered, and samples what
+        it allocates; unless it was sampled before with as much work."""
         link = self._link
         if link is None or self.sampler is not None or not self.marks:
             return bare(*args, **kwargs)
         self._look_behind(self.marks[-1])
         work = self.marks[-1].work
         try:
-            if work <= self._grown.get(unit, (-1, 0))[0] or not Sampler.works_on(link.device):
+            if work <= self._sampled.get((unit, way), -1) or not Sampler.works_on(link.device):
                 return bare(*args, **kwargs)
+            self._sampled[unit, way] = work
             self.sampler = Sampler(link.device)
             with self.sampler:
                 return bare(*args, **kwargs)
@@ -133,7 +136,7 @@ class Meter:
         known = self._grown.get(mark.unit, (-1, 0))
         if self.sampler is not None:
             grown = max(self.sampler.take() - mark.before_nbytes, mark.grown_nbytes or 0)
-            self._grown[mark.unit] = max(known, (mark.work, grown))
+            self._grown[mark.unit] = (max(known[0], mark.work), max(known[1], grown))
         elif mark.work <= known[0]:
             grown = known[1]
         else:

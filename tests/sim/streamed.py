@@ -146,7 +146,7 @@ SHAPES = {
         transformer=(Row(40, 0.7, 0.325),),
         vae=(Row(4, 0.12, 1.2),),
         passes=2,
-        steps=3,
+        steps=2,
     ),
     # Qwen2.5-VL 7B; 60 blocks, 40.8 GB, 1.3 s a pass.
     "qwen": Shape(
@@ -154,7 +154,7 @@ SHAPES = {
         transformer=(Row(60, 0.68, 0.0217),),
         vae=(Row(4, 0.06, 0.1),),
         passes=2,
-        steps=3,
+        steps=2,
     ),
     # Two CLIPs; a UNet: 92 % of the bytes in three places, where 69 % of the time is spent.
     "sdxl": Shape(
@@ -167,6 +167,7 @@ SHAPES = {
             Row(4, 0.05, 0.005),
         ),
         vae=(Row(4, 0.04, 0.075),),
+        steps=3,
         rest_gb=0.05,
         scratch_gb=0.1,
     ),
