@@ -120,7 +120,7 @@ class Walker:
 
     def _switch(self, unit: Unit, work: int, way: str, guide: Guide) -> None:
         residency, meter = self.residency, self.meter
-        residency.settle(unit)
+        residency.settle()
         mark = meter.marks[-1] if meter.marks else None
         again = mark is not None and mark.unit == unit.name
         reached = None if again else meter.boundary()
@@ -327,6 +327,8 @@ class ApplyWatch(MethodEntry):
             return self._bare(*args, **kwargs)
         finally:
             unit.after_apply(walker.residency.link)
+            if walker.vram_nbytes is not None and unit.has_left_its_slot:
+                unit.stale = True  # what it takes now is in no account
             if unit.stale:
                 walker.leave()
 

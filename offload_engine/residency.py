@@ -459,6 +459,12 @@ class Unit:
             link.join(self.fetch)
             self.fetch.flat = None
 
+    @property
+    def has_left_its_slot(self) -> bool:
+        """Whether its weights were replaced on the device, and the slot was given back."""
+        fetch = self.fetch
+        return self.state is State.RESIDENT and fetch is not None and fetch.flat is None
+
     # ---- the end
 
     def finish(self, link: Link | None) -> None:
@@ -561,11 +567,11 @@ class Residency:
         """Units with weights on the device now, or on their way there or back."""
         return [unit for unit in list(self.units.values()) if unit.state is not State.HOST]
 
-    def settle(self, unit: Unit | None = None) -> None:
-        """Releases what was interrupted half way, and ``unit`` if its weights were moved."""
-        for other in self.resident:
-            if other.state is State.UNSETTLED or (other is unit and other.stale):
-                self.release(other)
+    def settle(self) -> None:
+        """Releases what was interrupted half way, and units whose weights were moved."""
+        for unit in self.resident:
+            if unit.state is State.UNSETTLED or unit.stale:
+                self.release(unit)
 
     def settle_all(self, units: Iterable[Unit]) -> None:
         """Takes in what became of ``units`` since the last call: weights that moved or changed
