@@ -120,7 +120,8 @@ class Planner:
         self._study()
         if self._forecast is None or not self._bandwidth:
             raise OffloadError("curve() needs a measured call: call the pipeline once first.")
-        expected, sizes = self._forecast.expect(self._steps), _sizes(units)
+        expected = self._forecast.expect(self._steps)
+        sizes = {name: max(1, nbytes) for name, nbytes in _sizes(units).items()}
         needs = {unit.name: [other.name for other in unit.needs] for unit in units}
         least = most = 0
         for name, cost in zip(expected.trace, expected.costs, strict=True):
@@ -247,6 +248,8 @@ class Planner:
                 cyclic=not is_chain,
             )
             self._planned_for = asked
+            if is_chain and self.plan.fetched_nbytes > sum(self.plan.nbytes.values()):
+                self.plan = None  # known by bounds alone, a loop seems not to fit; it does
         except PlanError as error:
             self.plan = None
             if not is_chain:
