@@ -238,9 +238,6 @@ class Planner:
         if self.plan is not None and _is_same(self._planned_for, asked, tolerance):
             return
         expected = forecast.expect(steps)
-        if is_chain and any(c.least_nbytes < c.workspace_nbytes for c in expected.costs):
-            self.plan = None  # without a budget of its own, only what is known to the byte counts
-            return
         try:
             self.plan = expected.plan(
                 nbytes,

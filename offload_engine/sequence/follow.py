@@ -24,9 +24,12 @@ class Follower:
     def enter(self, name: str) -> int | None:
         """The index of the use of ``name`` that begins; None, and no move, if it has none.
 
-        It is the next use, or else the use of ``name`` nearest to that, rather ahead than behind.
+        It is the next use, or the one that runs, or else the use of ``name`` nearest to the next,
+        rather ahead than behind.
         """
         ahead = self.at + 1
+        if self.at >= 0 and self._trace[self.at] == name:
+            return self.at
         if ahead < len(self._trace) and self._trace[ahead] == name:
             self.at = ahead
             return ahead

@@ -62,7 +62,7 @@ def test_it_takes_no_more_memory_than_accelerate_and_less_traffic(name):
     own = calls(name, without_offload)
     for them, us, bare in zip(theirs, ours, own, strict=True):
         assert torch.equal(us.output, them.output) and torch.equal(us.output, bare.output)
-        assert us.peak_nbytes <= them.peak_nbytes + 1024  # numbers that a scheduler left
+        assert us.peak_nbytes <= them.peak_nbytes
         assert us.moved.d2h_nbytes == bare.moved.d2h_nbytes  # of weights: none
         assert us.traffic_nbytes < them.traffic_nbytes
         assert us.moved.host_syncs < them.moved.host_syncs

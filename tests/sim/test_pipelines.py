@@ -90,8 +90,7 @@ def test_weights_move_as_often_as_the_uses_ask_and_never_back(sim_device, case):
         units = by_unit(engine)
         weights_nbytes = sum(unit.fetches * unit.nbytes for unit in units.values())
         if case.name not in INPUTS_PREPARED_ON_THE_HOST:
-            # Less where a fetch ahead was dropped before all of it was queued.
-            assert ours.moved.h2d_nbytes <= weights_nbytes + own.moved.h2d_nbytes
+            assert ours.moved.h2d_nbytes == weights_nbytes + own.moved.h2d_nbytes
             assert ours.moved.d2h_nbytes == own.moved.d2h_nbytes
             assert ours.moved.pageable_copies == own.moved.pageable_copies
             assert ours.moved.host_syncs <= own.moved.host_syncs + 1  # the end of the call
@@ -101,7 +100,7 @@ def test_weights_move_as_often_as_the_uses_ask_and_never_back(sim_device, case):
             name: unit.fetches - stages_with(engine.sequence, name) for name, unit in units.items()
         }
         assert min(extra.values()) >= 0
-        assert sum(extra.values()) <= (EXTRA_FETCHES if number == 0 else 1)
+        assert sum(extra.values()) <= (EXTRA_FETCHES if number == 0 else 0)
 
 
 @each_case
