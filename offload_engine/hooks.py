@@ -204,7 +204,7 @@ class Entry:
         return bool(self.walker.stream_key() == self.unit.open_on)
 
     def enter(self, args: Any, kwargs: Any, way: str = "forward") -> tuple[Any, Any]:
-        """Has the unit resident; gives the arguments back on its device.
+        """Has the unit resident; gives the arguments back, on its device if it had to enter.
 
         Once closed it lets everything pass: somebody may have wrapped what it stood before.
         """
@@ -215,8 +215,9 @@ class Entry:
             walker.announced = None
         else:
             work = _elements([args, kwargs])
-            if not walker.runs_again(unit, work, way):
-                walker.enter(unit, work, way=way)
+            if walker.runs_again(unit, work, way):
+                return args, kwargs  # as on the fast path
+            walker.enter(unit, work, way=way)
         return to_device(args, self.device), to_device(kwargs, self.device)
 
     def close(self) -> None:
