@@ -88,7 +88,8 @@ class Link:
         return torch.accelerator.current_stream(self.device)
 
     def order(self, stream: torch.Stream, event: torch.Event | None) -> None:
-        """Makes ``stream`` wait for ``event``; every order between streams is made here."""
+        """Makes ``stream`` wait for ``event``; every order between streams is made here, but for
+        slots that the garbage collector drops (`_InFlight`)."""
         assert event is not None
         stream.wait_event(event)
 

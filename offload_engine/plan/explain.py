@@ -183,4 +183,5 @@ def _longest(plan: Plan, stalls: list[Stall]) -> Iterator[str]:
 
 
 def _stem(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
+    """``name`` with its numbers out; but text_encoder_2 and text_encoder_3 are two components."""
+    return re.sub(r"(?<![\d_])\d+", "#", name)

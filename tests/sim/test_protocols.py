@@ -18,6 +18,8 @@ from offload_engine import hooks, residency, sim, transfers
 from offload_engine.guide import Move
 from offload_engine.segments import View
 
+from .miniature import make, noise
+
 
 @pytest.fixture
 def engine(sim_device, modules):
@@ -153,6 +155,24 @@ def test_a_master_written_while_a_copy_reads_it_is_caught(engine, modules, x, mo
         torch.accelerator.synchronize()
 
     monkeypatch.setattr(transfers.Link, "order", deaf(lambda link, s: s != link.copy_stream))
+    assert broken(provoke)
+
+
+def test_a_slot_that_is_collected_while_a_copy_fills_it_is_settled_and_would_be_caught(
+    sim_device, monkeypatch
+):
+    """Kept: test_budget.py::test_a_pipeline_may_be_dropped_while_its_next_weights_are_on_their_way."""
+    monkeypatch.setattr(transfers._InFlight, "settle", lambda in_flight: None)
+
+    def provoke():
+        pipe, x = make(), noise()
+        offload_engine.attach(pipe, vram="8GiB")
+        sim.configure(h2d_bandwidth=1e8)
+        pipe(x)  # then what the next call begins with is on its way
+        del pipe
+        gc.collect()
+        torch.zeros(100_000, device=sim_device)
+
     assert broken(provoke)
 
 

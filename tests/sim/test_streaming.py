@@ -8,6 +8,7 @@ import bisect
 import copy
 import functools
 import gc
+import math
 from typing import NamedTuple
 
 import pytest
@@ -22,6 +23,7 @@ from offload_engine import sim
 from offload_engine.engine import _budgeted
 from offload_engine.errors import ComponentError, OffloadError
 from offload_engine.plan import PlanError
+from offload_engine.residency import Residency
 
 from .miniature import measured, unoffloaded
 from .streamed import LINK, SHAPES, WIDTH, Block, Row, Shape, Stack, Streamed, noise, weights_nbytes
@@ -95,6 +97,23 @@ def test_flux_runs_on_a_third_of_its_weights_bit_identical(sim_device):
             copied = call.moved.h2d_nbytes - expected.moved.h2d_nbytes
             assert abs(copied - engine.plan.fetched_nbytes) <= 16  # split at whole bytes
     assert any(use.segments[-1].startswith("transformer.") for use in engine.plan.uses)
+
+
+def test_copies_that_are_all_queued_at_once_delay_the_pipelines_own(sim_device, monkeypatch):
+    """[Note: pacing] broken on purpose: the call takes longer than its plan."""
+    queue = Residency._queue
+    case, seconds = PIPELINES["flux"], {}
+    for paced in (True, False):
+        if not paced:
+            monkeypatch.setattr(Residency, "_queue", lambda self, nbytes: queue(self, math.inf))
+        pipe = copy.deepcopy(deep_flux())
+        with offload_engine.attach(pipe, vram=int(0.4 * weights_nbytes(pipe))) as engine:
+            sim.configure(h2d_bandwidth=4e8, pageable_bandwidth=4e8)
+            for _ in range(3):
+                call = measured(lambda pipe=pipe: case.run(pipe, 3))
+            seconds[paced] = call.seconds / engine.report().predicted_seconds
+    assert seconds[True] == pytest.approx(1, rel=0.02)
+    assert seconds[False] > seconds[True] + 0.01
 
 
 # ---- the numbers, at the proportions of real models

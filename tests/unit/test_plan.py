@@ -232,6 +232,17 @@ def test_an_explanation_says_what_stays_what_streams_and_why_it_waits():
     assert "Steady cycle of 174 uses" in plan_of(instance, cyclic=True).explain()
 
 
+def test_numbered_components_have_rows_of_their_own_and_numbered_blocks_share_one():
+    names = ["text_encoder_2", "text_encoder_3", "unet.down.0", "unet.down.11", "vae in stage 1"]
+    uses = [Use((name,), 1.0) for name in names]
+    rows = build_plan(
+        dict.fromkeys(names, 4), uses, budget_nbytes=20, bandwidth=1.0
+    ).explain().splitlines()[4:]  # fmt: skip
+    stems = [row.split("  ")[0] for row in rows[:5]]
+    assert stems[:3] == ["text_encoder_2", "text_encoder_3", "unet.down.#"]
+    assert stems[3] == "vae in stage 1"
+
+
 def test_an_explanation_tells_lack_of_room_from_lack_of_link():
     uses = [Use(("a",), 9.0), Use(("b",), 1.0)]
     text = build_plan({"a": 6, "b": 6}, uses, budget_nbytes=6, bandwidth=1.0).explain()
