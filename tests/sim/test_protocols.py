@@ -161,7 +161,7 @@ def test_a_master_written_while_a_copy_reads_it_is_caught(engine, modules, x, mo
 def test_a_slot_that_is_collected_while_a_copy_fills_it_is_settled_and_would_be_caught(
     sim_device, monkeypatch
 ):
-    """Kept: test_budget.py::test_a_pipeline_may_be_dropped_while_its_next_weights_are_on_their_way."""
+    """Kept: test_a_pipeline_may_be_dropped_while_its_next_weights_are_on_their_way."""
     monkeypatch.setattr(transfers._InFlight, "settle", lambda in_flight: None)
 
     def provoke():
