@@ -22,7 +22,7 @@ import numpy as np
 from .children import ChildFailed, run_child, write_result
 from .provenance import provenance
 from .tables import table
-from .ways import WAYS, why_missing
+from .ways import why_missing
 
 # What matters most comes first.
 ORDER = (
@@ -31,7 +31,12 @@ ORDER = (
     ("sdxl", "accelerate"),
     ("flux", "this engine"),
     ("flux", "no offload"),
+    ("flux", "this engine, 35%"),
     ("flux", "accelerate"),
+    ("flux", "group offload"),
+    ("sdxl", "this engine, 35%"),
+    ("sdxl", "group offload"),
+    ("flux", "this engine, 70%"),
     ("sdxl", "pinned chain"),
     ("flux", "pinned chain"),
 )
@@ -242,11 +247,15 @@ _PEAKS = ("peak_allocated_nbytes", "peak_reserved_nbytes")
 
 def _fetch_line(run: dict[str, Any]) -> str:
     """Bandwidth that the engine's fetches reached, and what noticing cost in the same call."""
-    parts = run["report"]["components"].values()
+    report = run["report"]
+    parts = report["components"].values()
     nbytes, seconds = (sum(c[k] for c in parts) for k in ("fetched_nbytes", "fetch_seconds"))
-    line = f"{run['model']}: fetches of {nbytes / 1e9:.2f} GB took {seconds:.3f} s"
+    line = f"{run['model']}, {run['way']}: fetches of {nbytes / 1e9:.2f} GB took {seconds:.3f} s"
     if seconds:
         line += f", {nbytes / seconds / 1e9:.1f} GB/s"
+    if report.get("predicted_seconds"):
+        line += f"; the call took {report['seconds']:.3f} s, {report['predicted_seconds']:.3f} s "
+        line += f"predicted, {report['bound_seconds']:.3f} s at best"
     if run.get("fetch_seconds") and not run["device"].startswith("sim"):  # whose time is its own
         part = sum(run["settling_seconds"]) / run["fetch_seconds"]
         line += f"; settling (looking for changes, pointing back) was {100 * part:.1f} % of that"
@@ -264,7 +273,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", default="cuda", help='"sim" with --tiny is a dry run without a GPU')
     add("--tiny", action="store_true", help="small sizes, same code: for a dry run")
     add("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    add("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
+    ways = [*dict.fromkeys(way for _, way in ORDER)]
+    add("--ways", nargs="+", choices=ways, default=ways, metavar="WAY")
     add("--sdxl-steps", type=int, default=20, help="denoising steps at 1024 px (default: 20)")
     add("--flux-steps", type=int, default=10, help="denoising steps at 1024 px (default: 10)")
     add("--sdxl-requests", type=int, default=3, help="timed ones, after a warm one (default: 3)")

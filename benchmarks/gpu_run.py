@@ -35,7 +35,9 @@ _FEW_STEPS = 2  # of requests that are not timed: what moves does not depend on 
 _HOST_SPARE = 4 * 2**30  # bytes of host memory to leave alone
 # Host memory that a way needs, as a part of the weights. Pinned tensor by tensor, sizes are rounded
 # up to powers of two.
-_HOST_NEED = {"no offload": 0.1, "accelerate": 1.1, "this engine": 1.1, "pinned chain": 1.7}
+_HOST_NEED = {"no offload": 0.1, "accelerate": 1.1, "pinned chain": 1.7, "group offload": 1.7}
+_OWN_HOST_NEED = 1.1
+_STREAMS = ("group offload", "this engine, 35%", "this engine, 70%")  # no component as a whole
 
 
 class Skipped(Exception):
@@ -103,12 +105,13 @@ class Run:
     def _check_fit(self, sizes: dict[str, int]) -> None:
         way, free = self.options.way, free_nbytes(self.device, self.options.cap_gib)
         need = sum(sizes.values()) if way == "no offload" else max(sizes.values())
-        if need > free:
+        if need > free and way not in _STREAMS:
             raise Skipped(
                 f"weights of {format_nbytes(need)} must be on the device at once, where "
                 f"{format_nbytes(free)} are free"
             )
-        need = int(sum(sizes.values()) * _HOST_NEED[way]) + (not self.options.tiny) * _HOST_SPARE
+        part = _HOST_NEED.get(way, _OWN_HOST_NEED)
+        need = int(sum(sizes.values()) * part) + (not self.options.tiny) * _HOST_SPARE
         available = host.available_nbytes()
         if available is not None and need > available:
             raise Skipped(

@@ -6,6 +6,7 @@ longer than one step. Bytes, counts and order are exact; seconds are the simulat
 
 from __future__ import annotations
 
+import functools
 import gc
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -63,8 +64,8 @@ def measure(name: str) -> list[Streamed]:
                 print(f"{name}, {way}: {type(error).__name__}: {str(error).splitlines()[0]}")
     for part in PARTS:
         vram = int(peak - weights + part * weights)
-        way = f"this engine, {part:.0%}"
-        found.append(_run(name, way, budgeted(vram), bandwidth, expected, weights))
+        place = functools.partial(budgeted, vram=lambda _, vram=vram: vram)
+        found.append(_run(name, f"this engine, {part:.0%}", place, bandwidth, expected, weights))
     return found
 
 

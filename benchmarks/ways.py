@@ -57,14 +57,17 @@ def engine(pipe: Any, device: torch.device, seq: str | None = None) -> Placed:
     return Placed(attached.detach, attached)
 
 
-def budgeted(vram: int) -> Way:
-    """This engine with a budget."""
-
-    def place(pipe: Any, device: torch.device, seq: str | None = None) -> Placed:
-        attached = offload_engine.attach(pipe, seq, device=device, vram=vram)
-        return Placed(attached.detach, attached)
-
-    return place
+def budgeted(
+    pipe: Any,
+    device: torch.device,
+    seq: str | None = None,
+    *,
+    vram: Callable[[int], int],
+) -> Placed:
+    """This engine with a budget: ``vram`` tells it from the bytes of the weights."""
+    weights = sum(t.nbytes for m in modules(pipe).values() for t in m.state_dict().values())
+    attached = offload_engine.attach(pipe, seq, device=device, vram=vram(weights))
+    return Placed(attached.detach, attached)
 
 
 def sequential(pipe: Any, device: torch.device, seq: str | None = None) -> Placed:
@@ -73,25 +76,16 @@ def sequential(pipe: Any, device: torch.device, seq: str | None = None) -> Place
     return Placed(pipe.remove_all_hooks)
 
 
-def group_offload(pipe: Any, device: torch.device, seq: str | None = None) -> Placed:
+def group_offload(
+    pipe: Any, device: torch.device, seq: str | None = None, *, record_stream: bool = False
+) -> Placed:
     """diffusers' group offload, block by block with a copy stream."""
     pipe.enable_group_offload(
         onload_device=device,
         offload_type="block_level",
         num_blocks_per_group=1,
         use_stream=True,
-    )
-    return Placed(lambda: None)
-
-
-def group_offload_recording(pipe: Any, device: torch.device, seq: str | None = None) -> Placed:
-    """The same with ``record_stream``."""
-    pipe.enable_group_offload(
-        onload_device=device,
-        offload_type="block_level",
-        num_blocks_per_group=1,
-        use_stream=True,
-        record_stream=True,
+        record_stream=record_stream,
     )
     return Placed(lambda: None)
 
@@ -176,7 +170,9 @@ WAYS: dict[str, Way] = {
     "pinned chain": pinned_chain,
     "sequential": sequential,
     "group offload": group_offload,
-    "group, recording": group_offload_recording,
+    "group, recording": functools.partial(group_offload, record_stream=True),
+    "this engine, 35%": functools.partial(budgeted, vram=lambda weights: int(0.35 * weights)),
+    "this engine, 70%": functools.partial(budgeted, vram=lambda weights: int(0.7 * weights)),
 }
 
 

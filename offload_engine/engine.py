@@ -255,6 +255,7 @@ class Engine:
         self._calls.append(
             _Before(walker.guide, walker.meter, walker.on_wrap, residency.log, residency.busy)
         )
+        walker.meter.is_interrupted = residency.busy
         residency.busy = True
         if len(self._calls) == 1:
             self._log = residency.log = new_log()

@@ -74,6 +74,7 @@ class Meter:
         self.workspaces: dict[str, tuple[int, int]] = {}  # unit -> largest work, its workspace
         self.ways: set[tuple[str, str]] = set()  # unit, method: what was entered, and how
         self.sampler: Sampler | None = None  # while it watches operators
+        self.is_interrupted = False  # by a call of another pipeline within this one
         self._grown: dict[str, tuple[int, int]] = {}  # unit -> largest work sampled, its growth
         self._sampled: dict[tuple[str, str], int] = {}  # unit, method -> largest work sampled
         self._left: tuple[int, int] | None = None  # allocated, and ever, after the last forward

@@ -42,6 +42,7 @@ class Planner:
         self._chain_peak_nbytes = 0
         self._steps: int | None = None
         self._planned_calls = 0  # in a row, that went as planned
+        self._was_interrupted = False  # the last call, by one of another pipeline
         self._last_still: Meter | None = None
         self._planned_for: tuple[Forecast, int | None, int, float, dict[str, int]] | None = None
         self._last: tuple[Guide, Meter, deque[Event], frozenset[str]] | None = None
@@ -61,8 +62,8 @@ class Planner:
         self._steps = steps
         self.outside_nbytes = min(self.outside_nbytes, meter.outside_nbytes)
         meter.outside_nbytes = self.normal(meter.outside_nbytes)
-        if self.vram_nbytes is None and solo:
-            self.plan = None
+        if self.vram_nbytes is None and (solo or self._was_interrupted):
+            self.plan = None  # what is fetched ahead would be thrown away and fetched again
         else:
             self._make_plan(units, steps, meter.outside_nbytes)
         self.plan_of_last_call = self.plan
@@ -98,6 +99,7 @@ class Planner:
 
     def ended(self, guide: Guide, meter: Meter, log: deque[Event], units: frozenset[str]) -> None:
         """A call that ``guide`` led came to its end."""
+        self._was_interrupted = meter.is_interrupted
         if guide.is_still:  # such a call shows each unit once: only its length tells anything
             self._last_still = meter
         else:

@@ -6,6 +6,7 @@ back when its last reference does. Nothing here synchronises unless memory has r
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
 from collections.abc import Callable
@@ -103,7 +104,11 @@ def lend(
 
 def lent_nbytes(device: torch.device) -> int:
     """Bytes in all slots on ``device``, of whatever pipeline, that were not given back yet."""
-    return _lent.get(device, 0)
+    lent = _lent.get(device, {})
+    for key, (memory, _) in list(lent.items()):
+        if memory() is None:
+            lent.pop(key, None)
+    return sum(nbytes for _, nbytes in list(lent.values()))
 
 
 def outside_nbytes(device: torch.device) -> int:
@@ -111,16 +116,15 @@ def outside_nbytes(device: torch.device) -> int:
     return max(0, allocated_nbytes(device) - lent_nbytes(device))
 
 
-_lent: dict[torch.device, int] = {}
+# The memory of each slot, which may be gone, and its bytes. Counted when asked: what a finalizer
+# counts is wrong for good once an interrupt, which Python swallows there, falls into it.
+_lent: dict[torch.device, dict[int, tuple[weakref.ref[torch.UntypedStorage], int]]] = {}
+_numbers = itertools.count()
 
 
 def _empty(nbytes: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    _lent[device] = _lent.get(device, 0) + nbytes
-    weakref.finalize(flat.untyped_storage(), _take_back, device, nbytes)
+    lent = _lent.setdefault(device, {})
+    lent[next(_numbers)] = (weakref.ref(flat.untyped_storage()), nbytes)
     return flat
-
-
-def _take_back(device: torch.device, nbytes: int) -> None:
-    _lent[device] -= nbytes

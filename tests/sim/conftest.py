@@ -1,7 +1,5 @@
 """Everything here runs on the simulated accelerator, in a process of its own."""
 
-import gc
-
 import pytest
 import torch
 from torch import nn
@@ -31,13 +29,6 @@ def modules():
 def x(sim_device):
     torch.manual_seed(1)
     return torch.randn(4, 64).to(sim_device)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_collections():
-    """What is loaded by now lives to the end: collecting garbage need not walk it every time."""
-    gc.collect()
-    gc.freeze()
 
 
 class Meter:
