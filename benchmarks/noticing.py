@@ -22,6 +22,7 @@ import torch
 
 import offload_engine
 from offload_engine import residency
+from offload_engine.guide import Move
 
 from . import models
 from .tables import table
@@ -93,7 +94,7 @@ def measure(device: torch.device, rounds: int = ROUNDS, bandwidth: float = LINK)
 
 
 def _fetch(room: Any, unit: Any) -> None:
-    room.enter(unit, ())
+    room.enter(unit, Move((), (unit.name,)))
     torch.accelerator.synchronize()
 
 
@@ -137,8 +138,7 @@ def profile(device: torch.device, rounds: int = 20) -> str:
     engine, unit, room = _attached(device)
     profiler = cProfile.Profile()
     for _ in range(rounds):
-        room.enter(unit, ())
-        torch.accelerator.synchronize()
+        _fetch(room, unit)
         profiler.runcall(room.release, unit)
     engine.detach()
     text = io.StringIO()

@@ -6,7 +6,6 @@ Small instances are held against the optimum, FLUX.1 against the plan's own boun
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -17,6 +16,8 @@ from typing import Any
 from offload_engine.plan import Plan, Use, build_plan
 from tests.unit.test_plan_referee import GIB, MIB, Instance, anything, denoiser, flux, optimum
 
+from .children import write_result
+from .provenance import provenance
 from .tables import table
 
 _LINKS = {"RTX 4090": (23.9e9, 0.6), "H200": (52e9, 0.24)}  # bytes per second, seconds per step
@@ -112,23 +113,33 @@ def growth(most: int) -> list[dict[str, Any]]:
     return rows
 
 
+def measure(quick: bool) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each table; ``quick``: fewer instances, shorter loops."""
+    return {
+        "small": small(100 if quick else 1000),
+        "flux": image(4 if quick else 28),
+        "growth": growth(10**4 if quick else 10**5),
+    }
+
+
+def show(results: dict[str, list[dict[str, Any]]]) -> str:
+    """The tables."""
+    tables = (
+        table(list(rows[0]), [list(row.values()) for row in rows]) for rows in results.values()
+    )
+    return "\n\n".join(tables)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer instances, shorter loops")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write all rows as JSON")
     args = parser.parse_args(arguments)
-    results = {
-        "small": small(100 if args.quick else 1000),
-        "flux": image(4 if args.quick else 28),
-        "growth": growth(10**4 if args.quick else 10**5),
-    }
-    for rows in results.values():
-        print(table(list(rows[0]), [list(row.values()) for row in rows]), end="\n\n")
+    results = measure(args.quick)
+    print(show(results))
     if args.save:
-        from .provenance import provenance
-
-        made = {"made": provenance(), "processor": platform.processor(), **results}
-        args.save.write_text(json.dumps(made, indent=1) + "\n")
+        made = {**provenance(), "processor": platform.processor(), **results}
+        write_result(args.save, made)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def attach(
     pipeline.remove_foreign_hooks()
     pipeline.check_loaded(target)
     before = engine_of(pipe)
-    if before is not None and not before.could_share(target, pin):
+    if before is not None and not before.could_share(target, pin, budget_nbytes, cuts):
         before.detach()
     return Engine(pipeline, sequence, target, store, pin, budget_nbytes, cuts, before)
 
@@ -103,8 +103,6 @@ class Engine:
         self._blocks = blocks  # component -> what of it moves on its own
         self._walker = _walker_of_budget(device, vram_nbytes) or Walker(Residency(device))
         self._planner = Planner(vram_nbytes)
-        if vram_nbytes is not None:
-            self._walker.vram_nbytes = vram_nbytes
         self._mounts: dict[str, _Mount] = {}  # component name -> mount
         self._placed: dict[str, nn.Module] = {}  # excluded components, on the device for good
         self._calls: list[_Before] = []  # of each call that is under way, what it interrupted
@@ -128,6 +126,7 @@ class Engine:
                 outside = slots.outside_nbytes(device) - sum(t.nbytes for t in placed)
                 self._planner.outside_nbytes = max(0, outside)
                 _budgeted.add(self)
+            _read_budgets(self._walker)
             self._idle()
         except BaseException:
             self.detach()
@@ -222,6 +221,7 @@ class Engine:
                 self._placed.popitem()
             run_back(self._undo)
             self._attached = False
+            _read_budgets(self._walker)
 
     def detach_from_outside(self) -> None:
         """The hooks were removed in diffusers' or accelerate's way, mostly to be put on again."""
@@ -273,17 +273,16 @@ class Engine:
         guide, meter = walker.guide, walker.meter
         meter.boundary()
         walker.leave()
-        depth = calls_on_stack(self) - 1
+        depth, log_before = calls_on_stack(self) - 1, residency.log
         if len(self._calls) > depth:
             before = self._calls[depth]
             walker.guide, walker.meter, walker.on_wrap = before.guide, before.meter, before.on_wrap
-            residency.busy = before.busy
-            log, residency.log = residency.log, before.log
+            residency.busy, log_before = before.busy, before.log
             del self._calls[depth:]
             if not self._calls:
                 self._meter = meter
             if error is None:
-                self._learn(guide, meter, log)
+                self._learn(guide, meter, residency.log)
         if isinstance(error, torch.OutOfMemoryError):
             self._solo = True
             self._planner.ran_out(meter)
@@ -300,10 +299,12 @@ class Engine:
             if error is None:
                 raise
             _log.exception("Could not release every component; the next call will.")
+        finally:
+            if residency.busy:  # it was within another call
+                residency.log = log_before
         if not self._calls:
             self._peaks = (self._peaks[0], slots.peak_nbytes(self.device))
-            if walker.on_wrap is not None:  # not within a call of another pipeline
-                residency.log = self._log
+            if not residency.busy:
                 self._idle()
 
     def _held(self) -> str:
@@ -376,9 +377,16 @@ class Engine:
 
     # ---- inside
 
-    def could_share(self, device: torch.device, pin: Any) -> bool:
+    def could_share(
+        self,
+        device: torch.device,
+        pin: Any,
+        vram_nbytes: int | None,
+        blocks: dict[str, list[Block]],
+    ) -> bool:
         """Whether a new engine for the same pipeline can take over the masters of this one."""
-        return self._attached and self.device == device and self._pin == pin
+        is_alike = (self.vram_nbytes is None) == (vram_nbytes is None) and self._blocks == blocks
+        return self._attached and self.device == device and self._pin == pin and is_alike
 
     def _chain(self) -> Chain:
         units = {name: mount.unit.name for name, mount in self._mounts.items()}
@@ -497,7 +505,9 @@ class Engine:
         held = next(iter(sharers), None)
         if held is None:
             name = next(iter(group))
-            held = _Mount(self._name(name), self._walker, self._store, self._blocks.get(name, ()))
+            blocks = self._blocks.get(name, ())
+            name = self._residency.free_name(name)
+            held = _Mount(name, self._walker, self._store, blocks)
         elif held.walker.residency.device != self.device:
             raise ComponentError(
                 f"{', '.join(group)} is already offloaded to {held.walker.residency.device} by "
@@ -510,19 +520,19 @@ class Engine:
         held.users.append(self)
         held.open(modules, on_copy)
 
-    def _name(self, component: str) -> str:
-        taken = self._residency.units
-        return next(name for name in _candidates(component) if name not in taken)
-
     def _join(self, walker: Walker) -> None:
         """Shares the residency of another pipeline: one view of what is on the device."""
         if walker is self._walker:
             return
-        walker.residency.absorb(self._walker.residency)
+        before = self._walker
+        walker.residency.absorb(before.residency)
         for held in list(_mounts):
-            if held.walker is self._walker:
+            if held.walker is before:
                 held.move_to(walker)
+                for user in held.users:
+                    user._walker = walker
         self._walker = walker
+        _read_budgets(walker)
 
     def _unmount(self, name: str) -> None:
         held = self._mounts[name]
@@ -640,6 +650,12 @@ def _walker_of_budget(device: torch.device, vram_nbytes: int | None) -> Walker |
     """The walker of pipelines that share the budget of ``device``, if there are any."""
     sharers = [e for e in _budgeted if e._attached and e.device == device]
     return sharers[0]._walker if sharers and vram_nbytes is not None else None
+
+
+def _read_budgets(walker: Walker) -> None:
+    """Tells ``walker`` the tightest budget of the pipelines that it leads."""
+    budgets = [e.vram_nbytes for e in _budgeted if e._attached and e._walker is walker]
+    walker.vram_nbytes = min((b for b in budgets if b is not None), default=None)
 
 
 def _read_vram(vram: int | str | None, pipeline: Pipeline, device: torch.device) -> int | None:
@@ -780,14 +796,6 @@ def _own_chains() -> list[Any]:
         if cls is not None and "enable_model_cpu_offload" in vars(cls):
             found.append(cls)
     return found
-
-
-def _candidates(name: str) -> Iterator[str]:
-    yield name
-    number = 2
-    while True:
-        yield f"{name}#{number}"
-        number += 1
 
 
 def _is_on(module: nn.Module, device: torch.device) -> bool:

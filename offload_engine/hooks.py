@@ -56,7 +56,7 @@ class Walker:
         self.stream_key: Callable[[], Any] = lambda: None
         if residency.link is not None:
             self.stream_key = residency.link.current_key
-        self.vram_nbytes: int | None = None  # the budget, if there is one
+        self.vram_nbytes: int | None = None  # the tightest budget, if there is one
         self.by_hand: Unit | None = None  # entered by its pre-hook, with arguments on the host
         self.announced: Unit | None = None  # entered by its pre-hook, its gate comes next
         self.guide: Guide = Chain(Cursor(Sequence(())))
@@ -192,6 +192,7 @@ class Entry:
             return None
         walker, unit = self.walker, self.unit
         by_hand = bool(unit.needs) and _all_on_host([args, kwargs])
+        walker.announced = None  # by an entry whose gate never came: compiled away, or an error
         entered = self.enter(args, kwargs)
         if by_hand:
             unit.open_on = CLOSED  # so that its gate sees to the result

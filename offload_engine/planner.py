@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 from .errors import OffloadError, PlanError
 from .forecast import Forecast, Observed
@@ -44,7 +45,8 @@ class Planner:
         self._planned_calls = 0  # in a row, that went as planned
         self._was_interrupted = False  # the last call, by one of another pipeline
         self._last_still: Meter | None = None
-        self._planned_for: tuple[Forecast, int | None, int, float, dict[str, int]] | None = None
+        self._asked: _Asked | None = None  # what a plan was made for last
+        self._answer: Plan | None = None  # that plan, if there can be one
         self._last: tuple[Guide, Meter, deque[Event], frozenset[str]] | None = None
 
     def guide(
@@ -216,46 +218,67 @@ class Planner:
             )
 
     def _make_plan(self, units: Collection[Unit], steps: int | None, outside_nbytes: int) -> None:
-        nbytes = _sizes(units)
-        if self._forecast is not None and self._planned_for is not None:
-            before = self._planned_for[4]
+        nbytes, self.plan = _sizes(units), None
+        if self._forecast is not None and self._asked is not None:
+            before = self._asked.nbytes
             grown = {n for n in nbytes.keys() & before.keys() if nbytes[n] != before[n]}
             if grown:  # cast, or with an adapter: its activations may be others, too
                 self._forecast = self._forecast.without(grown)
-        forecast = self._forecast
+        forecast, is_chain = self._forecast, self.vram_nbytes is None
         if (
             forecast is None
             or not self._bandwidth
             or not set(forecast.pattern.names) <= set(nbytes)
         ):
-            self.plan = None
             return
-        is_chain = self.vram_nbytes is None
-        if is_chain and any(unit.needs for unit in units):  # cut by another pipeline, with a budget
-            self.plan = None
+        needs = {unit.name: [other.name for other in unit.needs] for unit in units}
+        if is_chain and any(needs.values()):  # cut by another pipeline, with a budget
             return
         budget = self._chain_peak_nbytes if is_chain else self._budget(outside_nbytes)
-        asked = (forecast, steps, budget, self._bandwidth, dict(nbytes))
+        asked = _Asked(forecast, steps, budget, self._bandwidth, nbytes)
         tolerance = _AS_BEFORE if self._planned_calls > 1 else _AS_IN_FIRST
-        if self.plan is not None and _is_same(self._planned_for, asked, tolerance):
-            return
-        expected = forecast.expect(steps)
+        if self._asked is None or not self._asked.is_like(asked, tolerance):
+            self._asked, self._answer = asked, self._plan_for(asked, needs)
+        self.plan = self._answer
+
+    def _plan_for(self, asked: _Asked, needs: Mapping[str, Seq[str]]) -> Plan | None:
+        expected, is_chain = asked.forecast.expect(asked.steps), self.vram_nbytes is None
         try:
-            self.plan = expected.plan(
-                nbytes,
-                budget_nbytes=budget,
-                bandwidth=self._bandwidth,
-                segments=_stretches(expected.trace, nbytes) if is_chain else (),
-                needs={unit.name: [other.name for other in unit.needs] for unit in units},
+            plan = expected.plan(
+                asked.nbytes,
+                budget_nbytes=asked.budget_nbytes,
+                bandwidth=asked.bandwidth,
+                segments=_stretches(expected.trace, asked.nbytes) if is_chain else (),
+                needs=needs,
                 cyclic=not is_chain,
             )
-            self._planned_for = asked
-            if is_chain and self.plan.fetched_nbytes > sum(self.plan.nbytes.values()):
-                self.plan = None  # known by bounds alone, a loop seems not to fit; it does
         except PlanError as error:
-            self.plan = None
             if not is_chain:
-                _log.warning("No plan for a budget of %s: %s", format_nbytes(budget), error)
+                said = format_nbytes(asked.budget_nbytes)
+                _log.warning("No plan for a budget of %s: %s", said, error)
+            return None
+        # Known by bounds alone, a loop may seem not to fit in chain mode; it does.
+        return None if is_chain and plan.fetched_nbytes > sum(plan.nbytes.values()) else plan
+
+
+class _Asked(NamedTuple):
+    """What a plan is made for."""
+
+    forecast: Forecast
+    steps: int | None
+    budget_nbytes: int
+    bandwidth: float
+    nbytes: dict[str, int]
+
+    def is_like(self, now: _Asked, tolerance: float) -> bool:
+        """Whether the plan for this serves ``now`` as well."""
+        return (
+            now.forecast.is_like(self.forecast, _SPARE * now.budget_nbytes, tolerance)
+            and now.steps == self.steps
+            and self.budget_nbytes <= now.budget_nbytes <= self.budget_nbytes * (1 + _SPARE)
+            and now.nbytes == self.nbytes
+            and abs(now.bandwidth - self.bandwidth) <= 0.02 * self.bandwidth
+        )
 
 
 def opening(plan: Plan) -> tuple[list[str], float]:
@@ -284,28 +307,12 @@ def _stretches(trace: Seq[str], nbytes: Mapping[str, int]) -> list[str]:
     return [f"{name} in stage {stage + 1}" for name, stage in zip(trace, stages, strict=True)]
 
 
-def _is_same(
-    before: tuple[Forecast, int | None, int, float, dict[str, int]] | None,
-    now: tuple[Forecast, int | None, int, float, dict[str, int]],
-    tolerance: float,
-) -> bool:
-    """Whether a plan made for ``before`` serves ``now``."""
-    return (
-        before is not None
-        and now[0].is_like(before[0], _SPARE * now[2], tolerance)
-        and now[1] == before[1]
-        and before[2] <= now[2] <= before[2] * (1 + _SPARE)
-        and now[4] == before[4]
-        and abs(now[3] - before[3]) <= 0.02 * before[3]
-    )
-
-
 def _bandwidth(log: deque[Event]) -> float:
-    """Bytes a second of the copies in ``log``; 0.0 if there were none that could be timed."""
+    """Bytes a second of the copies in ``log`` that have ended; 0.0 if none could be timed."""
     nbytes, seconds = 0, 0.0
     for event in log:
-        if event.fetch is not None:
+        if event.fetch is not None and event.fetch.has_landed:
             took = event.fetch.seconds
-            if took > 0 and event.fetch.is_complete:
+            if took > 0:
                 nbytes, seconds = nbytes + event.nbytes, seconds + took
     return nbytes / seconds if seconds else 0.0

@@ -228,6 +228,7 @@ class Unit:
         user did meanwhile: each tensor is looked at where it is now. A master is written only
         where its weight changed. New tensors get masters, tensors that left lose theirs.
         """
+        self.open_on = CLOSED
         if self.fetch is not None:
             assert link is not None
             link.join(self.fetch)
@@ -719,7 +720,8 @@ class Residency:
 
     def adopt(self, unit: Unit, on_copy: OnCopy) -> None:
         """Takes ``unit`` in; its weights move to masters. `drop` also undoes half of it."""
-        self.units[unit.name] = unit
+        if self.units.get(unit.name) is not unit:
+            self._take_in(unit)
         if self.link is not None:
             unit.to_host(self.link, on_copy)
 
@@ -733,8 +735,18 @@ class Residency:
     def absorb(self, other: Residency) -> None:
         """Takes over the units of another residency on the same device."""
         other.release_all()
-        self.units.update(other.units)
+        for unit in list(other.units.values()):
+            self._take_in(unit)
         other.units = self.units
+
+    def _take_in(self, unit: Unit) -> None:
+        unit.name = self.free_name(unit.name)
+        self.units[unit.name] = unit
+
+    def free_name(self, name: str) -> str:
+        """``name``, or with a number behind it if there is such a unit."""
+        numbered = (f"{name}#{number}" for number in itertools.count(2))
+        return next(n for n in itertools.chain([name], numbered) if n not in self.units)
 
     def note(self, kind: str, unit: Unit, nbytes: int, fetch: Timing | None = None) -> None:
         now = slots.allocated_nbytes(self.device)

@@ -39,6 +39,11 @@ class Timing:
         self.is_complete = False
 
     @property
+    def has_landed(self) -> bool:
+        """Whether all copies have run."""
+        return self.is_complete and all(ended.query() for _, ended in self.spans)
+
+    @property
     def seconds(self) -> float:
         """Time on the link; 0.0 where the device does not time. Waits for the copies."""
         return sum(elapsed_seconds(began, ended) for began, ended in self.spans)
