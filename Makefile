@@ -56,8 +56,8 @@ test-unit: $(ENV)
 # Renaming torch's spare backend is process-wide: the simulator has processes of its own.
 test-sim: $(ENV)
 	$(PYTEST) tests/sim_device
-	$(PYTEST) tests/sim --ignore tests/sim/test_streaming.py
-	$(PYTEST) tests/sim/test_streaming.py
+	$(PYTEST) tests/sim --ignore-glob 'tests/sim/test_stream*.py'
+	$(PYTEST) tests/sim/test_stream*.py
 
 test-interop: $(INTEROP_ENV)
 	$(INTEROP_PY) -m pytest -rs tests/sim_device/test_pipelines.py

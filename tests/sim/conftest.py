@@ -1,10 +1,44 @@
 """Everything here runs on the simulated accelerator, in a process of its own."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
 
 from offload_engine import sim
+from offload_engine.engine import _budgeted
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick():
+    """One thread, as models this small lose by a second."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def allowed():
+    """The names of violations that a test has reasons for."""
+    return set()
+
+
+@pytest.fixture
+def clean(sim_device, allowed):
+    """After the test nothing was violated, and no engine holds on to a budget."""
+    yield
+    for engine in list(_budgeted):  # of a test that failed: it would share its budget
+        engine.detach()
+    gc.collect()
+    assert not [found for found in sim.violations() if found.check not in allowed]
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Dynamo's counters; nothing is compiled before, and nothing after."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
 
 
 def total_nbytes(module):

@@ -114,3 +114,17 @@ def unoffloaded(pipe, *args, **kwargs):
     result = measured(lambda: pipe(*args, **kwargs))
     pipe.to("cpu")
     return result
+
+
+def untouched(pipe):
+    """Whether ``pipe`` is as if nobody had ever tried to attach to it."""
+    parts = [part for part in pipe.components.values() if part is not None]
+    modules = [module for part in parts for module in part.modules()]
+    tensors = [tensor for part in parts for tensor in part.parameters()]
+    return (
+        not any("_hf_hook" in m.__dict__ or "forward" in m.__dict__ for m in modules)
+        and not any(m._forward_pre_hooks or m._forward_hooks for m in modules)
+        and not any(t.is_pinned() or t.device.type != "cpu" for t in tensors)
+        and "_offload_engine" not in pipe.__dict__
+        and type(pipe).__dict__.get("_offload_original") is None
+    )

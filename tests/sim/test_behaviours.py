@@ -6,7 +6,6 @@ The numbers are those of the table in docs/migrating.md. accelerate is not insta
 import copy
 import ctypes
 import functools
-import gc
 import importlib.util
 import json
 import logging
@@ -31,17 +30,6 @@ from offload_engine.errors import ComponentError, DeviceError, OffloadError, Seq
 from .conftest import total_nbytes
 
 SIM = "sim"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """One thread, as models this small lose by a second; and collections of what is new only."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

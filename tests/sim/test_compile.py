@@ -6,6 +6,10 @@ from torch import nn
 
 import offload_engine
 
+from .miniature import make, noise
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 
 class Block(nn.Module):
     def __init__(self):
@@ -14,14 +18,6 @@ class Block(nn.Module):
 
     def forward(self, x):
         return torch.tanh(self.linear(x))
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
@@ -66,3 +62,16 @@ def test_compiled_blocks_of_a_component_are_compiled_once(sim_device):
         assert torch.equal(parts["a"](x.to(sim_device)).cpu(), expected)
         parts["b"](x.to(sim_device))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize("vram", [None, 340_000])
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["as it is", "compiled"])
+def test_every_forward_of_a_first_call_is_counted(sim_device, is_compiled, vram):
+    """Or another number of steps would not be planned for."""
+    pipe, x = make(), noise(64)
+    if is_compiled:
+        pipe.unet.compile(backend="eager")
+    with offload_engine.attach(pipe, vram=vram) as engine:
+        pipe(x, num_inference_steps=6)
+        forwards = {mark.unit: mark.forwards for mark in engine._meter.marks}
+        assert forwards == {"te": 1, "te2": 1, "unet": 6, "vae": 1}

@@ -25,15 +25,6 @@ quickly = functools.partial(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """One thread, as models this small lose by a second."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 names = st.sampled_from(PARTS)
 few = st.lists(names, max_size=3).map(" ".join)
 traces = st.fixed_dictionaries(

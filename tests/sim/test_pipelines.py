@@ -2,7 +2,6 @@
 offload, weights to the device as often as the uses ask for it, and never back."""
 
 import functools
-import gc
 from typing import NamedTuple
 
 import pytest
@@ -31,17 +30,6 @@ INPUTS_PREPARED_ON_THE_HOST = {
 class Call(NamedTuple):
     output: torch.Tensor
     moved: sim.Counters
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """One thread, as models this small lose by a second; and collections of what is new only."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
 
 
 def call(case, pipe):
