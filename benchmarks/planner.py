@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from offload_engine.plan import Plan, Use, build_plan
-from tests.unit.test_plan_referee import GIB, MIB, Instance, anything, denoiser, flux, optimum
 
 from .children import write_result
+from .instances import GIB, MIB, Instance, anything, denoiser, flux, least_nbytes, optimum
 from .provenance import provenance
 from .tables import table
 
 _LINKS = {"RTX 4090": (23.9e9, 0.6), "H200": (52e9, 0.24)}  # bytes per second, seconds per step
+_SLOW = {f"{gb} GB/s, 0.6 s a step": (gb * 1e9, 0.6) for gb in (4, 8, 12)}
 
 
 def timed_plan(instance: Instance, cyclic: bool = False) -> tuple[Plan, float]:
@@ -59,10 +60,11 @@ def small(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def image(steps: int) -> list[dict[str, Any]]:
-    """FLUX.1 against the bound, once and as a steady cycle."""
+def image(steps: int, links: dict[str, tuple[float, float]]) -> list[dict[str, Any]]:
+    """FLUX.1 against the bound, once and as a steady cycle; the bytes of the latter against those
+    that Belady's rule would fetch if every byte were a page of its own."""
     rows = []
-    for machine, (bandwidth, step_seconds) in _LINKS.items():
+    for machine, (bandwidth, step_seconds) in links.items():
         for gib in (12, 16, 20, 24):
             for cyclic in (False, True):
                 instance = flux(
@@ -79,6 +81,9 @@ def image(steps: int) -> list[dict[str, Any]]:
                         "bound": round(plan.bound_seconds, 3),
                         "above %": round(100 * (plan.seconds / plan.bound_seconds - 1), 2),
                         "fetched GB": round(plan.fetched_nbytes / 1e9, 1),
+                        "of the least": round(plan.fetched_nbytes / least_nbytes(plan), 3)
+                        if cyclic
+                        else None,
                         "plan s": round(spent, 2),
                     }
                 )
@@ -117,7 +122,8 @@ def measure(quick: bool) -> dict[str, list[dict[str, Any]]]:
     """The rows of each table; ``quick``: fewer instances, shorter loops."""
     return {
         "small": small(100 if quick else 1000),
-        "flux": image(4 if quick else 28),
+        "flux": image(4 if quick else 28, _LINKS),
+        "slow": image(4 if quick else 28, _SLOW),
         "growth": growth(10**4 if quick else 10**5),
     }
 

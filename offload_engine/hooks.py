@@ -428,11 +428,12 @@ class UnitDoors:
                 module._forward_hooks[self._hook_id] = self._exit
 
     def disarm(self) -> None:
-        """Takes the hooks off; within a budget not those of compiled roots, whose gates are
-        compiled away."""
-        entry = self._entry
+        """Takes the hooks off; but where every forward matters, not those of compiled roots, whose
+        gates are compiled away."""
+        entry, walker = self._entry, self._entry.walker
         stay: list[nn.Module] = []
-        if entry.walker.vram_nbytes is not None and entry.is_live:
+        watches = walker.guide.watches_forwards or walker.residency.has_more
+        if entry.is_live and (watches or walker.vram_nbytes is not None):
             outer = [root for unit in entry.unit.needs for root in unit.modules]
             within = any(map(_is_compiled_itself, outer))
             roots = [module for module in self._armed if module in entry.unit.modules]

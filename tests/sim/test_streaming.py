@@ -4,7 +4,6 @@ Wherever memory is short the simulated device has exactly the budget: one byte m
 of memory.
 """
 
-import bisect
 import copy
 import functools
 import gc
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 import offload_engine
+from benchmarks.instances import least_nbytes
 from benchmarks.pipelines import PIPELINES
 from offload_engine import sim
 from offload_engine.residency import Residency
@@ -89,37 +89,6 @@ class Steady(NamedTuple):
     copied_nbytes: int  # host to device, without the call's own
     least_nbytes: float
     weights_nbytes: int
-
-
-def least_nbytes(plan):
-    """Bytes a cycle if each byte were a page of its own and the best were kept (Belady)."""
-    count, here, occurs = len(plan.uses), {}, {}
-    for at, use in enumerate(plan.uses):
-        for name in use.segments:
-            occurs.setdefault(name, []).append(at)
-
-    def next_use(name, now):
-        cycle, at = divmod(now, count)
-        found = occurs[name]
-        index = bisect.bisect_right(found, at)
-        return cycle * count + (found[index] if index < len(found) else count + found[0])
-
-    for cycle in range(4):
-        fetched = 0.0
-        for at, use in enumerate(plan.uses):
-            for name in use.segments:
-                fetched += plan.nbytes[name] - here.get(name, 0)
-                here[name] = plan.nbytes[name]
-            over = sum(here.values()) - (plan.budget_nbytes - use.workspace_nbytes)
-            others = [n for n, nbytes in here.items() if nbytes and n not in use.segments]
-            others.sort(key=lambda name: -next_use(name, cycle * count + at))
-            for name in others if over > 0 else ():
-                gone = min(over, here[name])
-                here[name] -= gone
-                over -= gone
-                if over <= 0:
-                    break
-    return fetched
 
 
 @functools.cache
@@ -307,4 +276,4 @@ def test_some_blocks_stay_and_others_are_streamed_between_them(sim_device):
     stream = [name for name in blocks if fetched[name] > 1]
     assert stay and stream
     order = "".join("s" if name in stream else "r" for name in blocks)
-    assert "srs" in order or "rsr" in order or order.count("sr") + order.count("rs") >= 2, order
+    assert order.count("sr") + order.count("rs") >= 2, order

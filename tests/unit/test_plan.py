@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.instances import GIB, Instance, flux
 from offload_engine.errors import OffloadError
 from offload_engine.plan import Plan, PlanError, Step, Use, build_plan
 
-from .test_plan_referee import GIB, Instance, flux, replay
+from .test_plan_referee import replay
 
 
 def plan_of(instance: Instance, **options) -> Plan:
