@@ -44,7 +44,6 @@ MODELS = ("sdxl", "flux")
 _LEAST_SECONDS = {"sdxl": 25.0, "flux": 55.0}  # a run that has less is not begun
 _GROWTH_CALLS = {"sdxl": 20, "flux": 0}
 _MACHINE_SECONDS = 75.0  # most for the part about the machine
-_RUN_SECONDS = 150.0  # most for one run
 _GIB = 2**30
 
 

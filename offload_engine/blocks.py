@@ -25,8 +25,7 @@ Block = tuple[str, tuple[nn.Module, ...]]  # path in the component, the modules 
 
 def find_blocks(component: nn.Module) -> list[Block]:
     """The blocks of ``component``, in the order of its definition; see [Note: blocks]."""
-    rows = _row(component, "") if _is_row(component) and _repeats(component) else []
-    rows = rows or _rows(component, "")
+    rows = _rows(component, "")
     return _untied(component, _merged(rows, _nbytes([component]) * _LEAST_PART))
 
 
@@ -57,12 +56,11 @@ def _is_row(module: nn.Module) -> bool:
 
 
 def _rows(module: nn.Module, path: str) -> list[list[Block]]:
-    """The rows of blocks below ``module``, which is at ``path`` ("" or "a.b.")."""
-    rows: list[list[Block]] = []
-    for name, child in module.named_children():
-        here = f"{path}{name}."
-        rows += _row(child, here) if _is_row(child) and _repeats(child) else _rows(child, here)
-    return rows
+    """The rows of blocks in ``module``, which is at ``path`` ("" or "a.b.")."""
+    if _is_row(module) and _repeats(module):
+        return _row(module, path)
+    children = module.named_children()
+    return [row for name, child in children for row in _rows(child, f"{path}{name}.")]
 
 
 def _row(row: nn.Module, path: str) -> list[list[Block]]:
@@ -73,8 +71,7 @@ def _row(row: nn.Module, path: str) -> list[list[Block]]:
         nbytes = _nbytes([block])
         if not nbytes:
             continue
-        here = f"{path}{number}."
-        inner = _row(block, here) if _is_row(block) and _repeats(block) else _rows(block, here)
+        inner = _rows(block, f"{path}{number}.")
         parts = [m for line in inner for _, modules in line for m in modules]
         if parts and _nbytes(parts) >= _MOSTLY * nbytes:
             rows += inner

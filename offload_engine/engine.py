@@ -676,10 +676,6 @@ def _tensors_on(module: nn.Module, device: torch.device) -> list[torch.Tensor]:
     return [t for t in (*module.parameters(), *module.buffers()) if t.device == device]
 
 
-def _mount_of(module: nn.Module) -> _Mount | None:
-    return getattr(module.__dict__.get("_hf_hook"), "owner", None)
-
-
 _engines = 0
 _unwatch_process: Callable[[], None] | None = None
 

@@ -39,13 +39,14 @@ class ComponentError(OffloadError):
 class PlanError(OffloadError):
     """No legal plan: a use does not fit into the budget even alone.
 
-    ``use_index`` and ``segments`` tell which use (the neediest, if several do not fit),
+    ``use_index`` and ``segments`` tell which use (the neediest, if several do not fit; None where
+    a ``vram`` is too small for ``segments`` before there is a plan),
     ``needed_nbytes`` what it takes with its workspace, ``budget_nbytes`` what there is.
     """
 
     def __init__(
         self,
-        use_index: int,
+        use_index: int | None,
         segments: Iterable[str],
         needed_nbytes: int,
         budget_nbytes: int,

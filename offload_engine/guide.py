@@ -49,6 +49,10 @@ class Chain:
         self.cursor = cursor
         self.watches_forwards = watches_forwards
 
+    def saw(self, name: str) -> None:
+        """``name`` runs, and another guide has decided what moves."""
+        self.cursor.enter(name)
+
     def enter(self, name: str, work: int, here: Mapping[str, int], needs: Seq[str] = ()) -> Move:
         keep = self.cursor.enter(name)
         release = [o for o in here if o not in keep and o != name and o not in needs]
@@ -77,9 +81,13 @@ class Careful:
         self._workspace_of = workspace_of
         self._used: dict[str, None] = {}  # in order of last use
 
-    def enter(self, name: str, work: int, here: Mapping[str, int], needs: Seq[str] = ()) -> Move:
+    def saw(self, name: str) -> None:
+        """``name`` runs, and another guide has decided what moves."""
         self._used.pop(name, None)
         self._used[name] = None
+
+    def enter(self, name: str, work: int, here: Mapping[str, int], needs: Seq[str] = ()) -> Move:
+        self.saw(name)
         needed = (*needs, name)
         fetch = [each for each in needed if each not in here]
         known_work, workspace = self._workspace_of(name)
@@ -112,7 +120,7 @@ class Planned:
         plan: Plan,
         trace: Seq[str],
         works: Seq[int],
-        otherwise: Guide,
+        otherwise: Chain | Careful,
         unit_of: Mapping[str, str] | None = None,
         forwards: Seq[int] = (),
     ) -> None:
@@ -139,10 +147,10 @@ class Planned:
     def enter(self, name: str, work: int, here: Mapping[str, int], needs: Seq[str] = ()) -> Move:
         expected = self.follower.at + 1
         at = self.follower.enter(name)
-        other = self._otherwise.enter(name, work, here, needs)
         if at is None or work > self._works[at]:
             self.surprised, self.is_still = True, False
-            return other
+            return self._otherwise.enter(name, work, here, needs)
+        self._otherwise.saw(name)
         if self._unit_of is None:
             return self._enter(at, here, is_jump=at != expected)
         self._segment_of[name] = self.plan.uses[at].segments[0]

@@ -2,8 +2,8 @@
 
 A component is entered through its root (``module(...)``), through methods such as ``decode`` and
 ``generate``, through ``_hf_hook.pre_forward`` (what diffusers calls when accelerate is there), and
-through any submodule while the weights are on the host. Nothing is decided here: the guide says
-what to release and to fetch, the residency does it, the meter measures.
+through any submodule while the weights are on the host. The guide says what to release and to fetch, the
+residency does it, the meter measures.
 
 [Note: doors] While a unit is on the host, its roots carry a forward pre-hook, and so does every
 submodule, which may be called before its component: the door. Entered through a door, a unit keeps
@@ -140,9 +140,10 @@ class Walker:
 
     def run(self, unit: Unit, way: str, bare: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs ``bare`` of a unit that was just entered, watched if the guide wants to know."""
-        if self.guide.samples and not _is_compiled(unit):
-            return self.meter.run(unit.name, way, bare, args, kwargs)
-        return bare(*args, **kwargs)
+        if not self.guide.samples:
+            return bare(*args, **kwargs)
+        can_be_watched = functools.partial(_runs_eagerly, unit)
+        return self.meter.run(unit.name, way, can_be_watched, bare, args, kwargs)
 
     def is_tight_for(self, unit: Unit) -> bool:
         """Whether a budget may not hold ``unit`` beside a wider copy of it."""
@@ -165,9 +166,9 @@ class Walker:
             self.residency.release_all()
 
 
-def _is_compiled(unit: Unit) -> bool:
-    """Whether any of its modules is compiled: under a dispatch mode it would run otherwise."""
-    return any(_is_compiled_itself(m) for root in unit.modules for m in root.modules())
+def _runs_eagerly(unit: Unit) -> bool:
+    """Whether none of its modules is compiled: under a dispatch mode that would run otherwise."""
+    return not any(_is_compiled_itself(m) for root in unit.modules for m in root.modules())
 
 
 def _is_compiled_itself(module: nn.Module) -> bool:

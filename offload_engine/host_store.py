@@ -29,7 +29,6 @@ from .units import format_nbytes, parse_nbytes
 
 _log = logging.getLogger("offload_engine")
 _PIECE_NBYTES = 2**30  # one registration
-_PAGE = mmap.PAGESIZE
 
 
 class Block:

@@ -110,16 +110,25 @@ class Meter:
             workspace = max(workspace, there + grown)
         return work, workspace
 
-    def run(self, unit: str, way: str, bare: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def run(
+        self,
+        unit: str,
+        way: str,
+        can_be_watched: Callable[[], bool],
+        bare: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+    ) -> Any:
         """Runs ``bare``, the method ``way`` of ``unit``, which was just entered, and samples what
-        it allocates; unless it was sampled before with as much work."""
+        it allocates; unless it was sampled before with as much work, or cannot be watched."""
         link = self._link
         if link is None or self.sampler is not None or not self.marks:
             return bare(*args, **kwargs)
         self._look_behind(self.marks[-1])
         work = self.marks[-1].work
         try:
-            if work <= self._sampled.get((unit, way), -1) or not Sampler.works_on(link.device):
+            is_known = work <= self._sampled.get((unit, way), -1)
+            if is_known or not Sampler.works_on(link.device) or not can_be_watched():
                 return bare(*args, **kwargs)
             self._sampled[unit, way] = work
             self.sampler = Sampler(link.device)

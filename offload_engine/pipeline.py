@@ -203,7 +203,7 @@ class Pipeline:
         if least and max(least.values()) > vram_nbytes:
             name = max(least, key=lambda each: least[each])
             raise PlanError(
-                list(least).index(name),
+                None,
                 (name,),
                 least[name],
                 vram_nbytes,
@@ -336,6 +336,9 @@ def _call(original: Any) -> Any:
 def _steps(original: Any, pipe: Any, args: Any, kwargs: Any) -> int | None:
     """The denoising steps that a call asks for, or by default takes; None where it has none."""
     steps = kwargs.get("num_inference_steps")
+    for own in ("timesteps", "sigmas"):  # as schedulers take them, in the place of a number
+        if steps is None and isinstance(kwargs.get(own), (list, tuple)):
+            steps = len(kwargs[own])
     if steps is None:
         try:
             bound = _signature(original).bind_partial(pipe, *args, **kwargs)

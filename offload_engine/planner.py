@@ -90,7 +90,7 @@ class Planner:
 
     def guide_by_hand(
         self, chain: Callable[[], Chain], units: Collection[Unit], meter: Meter
-    ) -> Guide:
+    ) -> Chain | Careful:
         """The guide of what runs without a plan."""
         if self.vram_nbytes is None:
             return chain()

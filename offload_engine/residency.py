@@ -90,7 +90,6 @@ class _Weight:
 
 _values: Any = dict.values
 _version: Any = operator.attrgetter("_version")
-_pointer: Any = Tensor.data_ptr
 _dtype: Any = operator.attrgetter("dtype")
 _device_pointer: Any = operator.attrgetter("device_pointer")
 _version_at_fetch: Any = operator.attrgetter("version")
@@ -199,6 +198,7 @@ class Unit:
         self._store = store
         self._weights: dict[int, _Weight] = {}  # id(tensor) -> weight, which holds the tensor
         self._blocks: list[Block] = []
+        self._nbytes: int | None = None  # of them
         self._found = Scan()
         self._snapshot = _Snapshot(self._found, ())
         self._twins: list[_Twin] = []
@@ -209,7 +209,9 @@ class Unit:
         """Bytes of the slot: what one fetch copies."""
         if not self._blocks:  # no masters: on device="cpu" nothing moves
             return sum(tensor.nbytes for tensor in self.scan().tensors)
-        return stack(block.nbytes for block in self._blocks)[0]
+        if self._nbytes is None:  # asked for at every switch
+            self._nbytes = stack(block.nbytes for block in self._blocks)[0]
+        return self._nbytes
 
     def scan(self) -> Scan:
         """What is in its modules now."""
@@ -296,6 +298,7 @@ class Unit:
             if tensor.numel() and tensor.data_ptr() == weight.device_pointer:
                 _point(tensor, _detached(tensor).cpu())
             del self._weights[key]
+        self._nbytes = None
         used = {id(weight.block) for weight in self._weights.values()}
         for block in [block for block in self._blocks if id(block) not in used]:
             self._blocks.remove(block)
@@ -306,6 +309,7 @@ class Unit:
         nbytes, views = layout(fresh)
         block = self._store.allocate(nbytes)
         self._blocks.append(block)
+        self._nbytes = None
         moved_nbytes = 0
         for tensor, view in zip(fresh, views, strict=True):
             weight = self._weights[id(tensor)] = _Weight(tensor, block, view)

@@ -21,7 +21,7 @@ from .conftest import (
 )
 
 SLACK = 4 * MIB  # torch rounds what it allocates up
-SPARE = 64 * MIB  # what the process may take beside the budget: libraries, rounding, caches
+SPARE = 24 * MIB  # what the process may take beside the budget: libraries, rounding, caches
 
 
 class Deep(nn.Module):
@@ -69,12 +69,12 @@ def test_a_streamed_pipeline_keeps_its_budget_and_its_bits(deep, x, device, part
     budget = int(part * weights(deep))
     with limited(device, budget + SPARE):
         engine = offload_engine.attach(deep, device=device, vram=budget)
-        base = allocated()
+        before = allocated()
         for number in range(4):
-            with Peak() as peak:
-                assert torch.equal(deep(x), expected)
+            torch.accelerator.reset_peak_memory_stats()
+            assert torch.equal(deep(x), expected)
             report = engine.report()
-            assert base + peak.nbytes <= budget + SLACK or peak.nbytes <= budget + SLACK
+            assert torch.accelerator.max_memory_allocated() - before <= budget + SLACK
             if number:
                 assert report.predicted_seconds > 0
                 assert 0 < report.bound_seconds <= 1.001 * report.predicted_seconds
@@ -131,7 +131,6 @@ def test_real_classes_make_the_same_image_within_a_budget(device, name):
                  for t in m.state_dict().values())  # fmt: skip
     pipe.to("cpu")
     clean()
-    engine = offload_engine.attach(pipe, case.seq, device=device, vram=nbytes + resident.nbytes)
     for part in (1.0, 0.6):
         engine = offload_engine.attach(
             pipe, case.seq, device=device, vram=int(part * nbytes) + 2 * resident.nbytes

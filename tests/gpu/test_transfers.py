@@ -190,7 +190,6 @@ def test_what_did_not_change_is_not_written_back(pipe, x, device):
         pipe(x)
         parts = engine.report().components.values()
         assert sum(part.write_back_nbytes for part in parts) == 0
-    assert engine._residency.link is not None
 
 
 def test_over_the_limit_it_goes_on_pageable_and_says_so_once(pipe, x, device, caplog):
@@ -267,6 +266,8 @@ def test_another_gpu_is_used_without_being_made_current(pipe, x, device):
 
 def test_the_pipeline_is_not_slower_on_the_host_than_the_link_needs(pipe, x, device, real):
     """Not a benchmark: a second call of 104 MiB that takes a second has a wait in it."""
+    if not real:
+        pytest.skip("only a real link has a speed")
     engine = offload_engine.attach(pipe, device=device)
     for _ in range(3):
         pipe(x)
@@ -276,5 +277,5 @@ def test_the_pipeline_is_not_slower_on_the_host_than_the_link_needs(pipe, x, dev
         pipe(x)
     torch.accelerator.synchronize()
     seconds = (time.perf_counter() - began) / 5
-    assert seconds < 1.0 or not real
+    assert seconds < 1.0
     engine.detach()

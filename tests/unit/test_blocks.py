@@ -368,10 +368,7 @@ def test_a_block_that_is_also_an_attribute_elsewhere_moves_once():
 def test_neighbours_that_are_too_small_move_as_one():
     model = Model(*(Block(4) for _ in range(10)), *(Block(2000) for _ in range(3)))
     found = cut(model)
-    assert found.pop("blocks.11") == [11] and found.pop("blocks.12") == [12]
-    (path, members), *more = found.items()
-    assert (path, members[:10]) == ("blocks.0", list(range(10)))
-    assert members[10:] == [10] or more == [("blocks.10", [10])]
+    assert found == {"blocks.0": [*range(11)], "blocks.11": [11], "blocks.12": [12]}
 
 
 def test_two_hundred_small_blocks_become_about_a_hundred_units():
@@ -441,9 +438,6 @@ def test_what_is_named_twice_or_within_another_block_is_one_block():
     model = Model(*(Block() for _ in range(2)))
     paths = ["blocks.1.linear", "blocks", "blocks.1", "blocks"]
     assert named_blocks(model, "unet", paths) == [
-        ("blocks.1", (model.blocks[1],)),
-        ("blocks.0", (model.blocks[0],)),
-    ] or named_blocks(model, "unet", paths) == [
         ("blocks.0", (model.blocks[0],)),
         ("blocks.1", (model.blocks[1],)),
     ]
