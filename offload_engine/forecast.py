@@ -190,11 +190,13 @@ class Expected(NamedTuple):
         budget_nbytes: int,
         bandwidth: float,
         segments: Seq[str] = (),
+        beside_nbytes: Seq[int] = (),
         needs: Mapping[str, Seq[str]] | None = None,
         cyclic: bool = False,
     ) -> Plan:
         """The plan for it; ``segments``: what to call the segment of each use, else its unit.
-        ``needs``: for each unit, those it cannot run without.
+        ``beside_nbytes``: of other segments that were there whenever the use ran. ``needs``: for
+        each unit, those it cannot run without.
 
         A workspace that is known by a bound, which is too high for the budget, is taken to fill it:
         that use ran, so it needs no more. Raises PlanError where a use does not fit.
@@ -202,13 +204,14 @@ class Expected(NamedTuple):
         sizes: dict[str, int] = {}
         uses = []
         segments = segments or self.trace
-        for name, segment, cost, seconds in zip(
-            self.trace, segments, self.costs, self.seconds, strict=True
+        beside_nbytes = beside_nbytes or [0] * len(self.trace)
+        for name, segment, cost, seconds, beside in zip(
+            self.trace, segments, self.costs, self.seconds, beside_nbytes, strict=True
         ):
             together = (*(needs or {}).get(name, ()), segment)
             sizes[segment] = max(1, nbytes[name])
             sizes.update((other, max(1, nbytes[other])) for other in together[:-1])
-            room = max(0, budget_nbytes - sum(sizes[each] for each in together))
+            room = max(0, budget_nbytes - beside - sum(sizes[each] for each in together))
             workspace = max(cost.least_nbytes, min(cost.workspace_nbytes, room))
             uses.append(Use(together, seconds, workspace))
         return build_plan(

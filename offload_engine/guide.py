@@ -43,11 +43,12 @@ class Guide(Protocol):
 class Chain:
     """Chain mode's first call: what the cursor keeps, nothing else."""
 
-    samples = is_still = False
+    is_still = False
 
     def __init__(self, cursor: Cursor, *, watches_forwards: bool = False) -> None:
         self.cursor = cursor
         self.watches_forwards = watches_forwards
+        self.samples = False
 
     def saw(self, name: str) -> None:
         """``name`` runs, and another guide has decided what moves."""

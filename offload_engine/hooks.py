@@ -2,8 +2,8 @@
 
 A component is entered through its root (``module(...)``), through methods such as ``decode`` and
 ``generate``, through ``_hf_hook.pre_forward`` (what diffusers calls when accelerate is there), and
-through any submodule while the weights are on the host. The guide says what to release and to fetch, the
-residency does it, the meter measures.
+through any submodule while the weights are on the host. The guide says what to release and to
+fetch, the residency does it, the meter measures.
 
 [Note: doors] While a unit is on the host, its roots carry a forward pre-hook, and so does every
 submodule, which may be called before its component: the door. Entered through a door, a unit keeps

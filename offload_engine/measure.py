@@ -5,6 +5,7 @@ grew during a use, it tells the use's workspace to the byte. If not, what lay be
 upper bound, often a bad one: a decoder that runs after a large denoiser stays below its peak. So
 where a plan depends on it, the first forward of a use is also watched operator by operator
 (`Sampler`): no operator needs more than what is allocated before it and all that it allocates.
+In chain mode that is done only after a call in which the peak never grew.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Mark:
 
     __slots__ = (
         "before_nbytes", "began", "ended", "forwards", "grown_nbytes", "held_nbytes",
-        "peak_after_nbytes", "peak_before_nbytes", "reached", "unit", "work",
+        "peak_after_nbytes", "peak_before_nbytes", "reached", "seen_nbytes", "unit", "work",
     )  # fmt: skip
 
     def __init__(self, unit: str, work: int, forwards: int) -> None:
@@ -40,6 +41,7 @@ class Mark:
         self.peak_after_nbytes = 0
         self.before_nbytes = 0  # allocated when it began
         self.grown_nbytes: int | None = None  # at most, by what was sampled; None: it was not
+        self.seen_nbytes = 0  # allocated between two operators, at most: it needs no less
 
     @property
     def seconds(self) -> float:
@@ -145,6 +147,7 @@ class Meter:
         more than its unit did before with as much work."""
         known = self._grown.get(mark.unit, (-1, 0))
         if self.sampler is not None:
+            mark.seen_nbytes = max(mark.seen_nbytes, self.sampler.seen_nbytes)
             grown = max(self.sampler.take() - mark.before_nbytes, mark.grown_nbytes or 0)
             self._grown[mark.unit] = (max(known[0], mark.work), max(known[1], grown))
         elif mark.work <= known[0]:
@@ -169,7 +172,7 @@ class Meter:
             return
         mark.reached = reached
         mark.began = self._link.mark() if late else reached
-        mark.before_nbytes = slots.allocated_nbytes(self._link.device)
+        mark.before_nbytes = mark.seen_nbytes = slots.allocated_nbytes(self._link.device)
         mark.held_nbytes = slots.lent_nbytes(self._link.device)
         mark.peak_before_nbytes = slots.peak_nbytes(self._link.device)
 
@@ -181,12 +184,14 @@ class Sampler(TorchDispatchMode):
         super().__init__()
         self._device = device
         self._most_nbytes = 0
+        self.seen_nbytes = 0  # allocated after one of them, at most
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         device = self._device
         before = slots.allocated_nbytes(device)
         ever = slots.ever_allocated_nbytes(device)
         result = func(*args, **(kwargs or {}))
+        self.seen_nbytes = max(self.seen_nbytes, slots.allocated_nbytes(device))
         reached = before + slots.ever_allocated_nbytes(device) - ever
         if reached > self._most_nbytes:
             self._most_nbytes = reached
@@ -194,7 +199,7 @@ class Sampler(TorchDispatchMode):
 
     def take(self) -> int:
         """The most since the last time."""
-        most, self._most_nbytes = self._most_nbytes, 0
+        most, self._most_nbytes, self.seen_nbytes = self._most_nbytes, 0, 0
         return most
 
     @staticmethod

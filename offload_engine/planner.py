@@ -44,6 +44,7 @@ class Planner:
         self._steps: int | None = None
         self._planned_calls = 0  # in a row, that went as planned
         self._was_interrupted = False  # the last call, by one of another pipeline
+        self._saw_no_peak = False  # in chain mode, the last call that was measured
         self._last_still: Meter | None = None
         self._asked: _Asked | None = None  # what a plan was made for last
         self._answer: Plan | None = None  # that plan, if there can be one
@@ -86,7 +87,9 @@ class Planner:
             )
             guide.is_still = guide.is_still and is_confirmed
             return guide
-        return self.guide_by_hand(chain, units, meter)
+        by_hand = self.guide_by_hand(chain, units, meter)
+        by_hand.samples = by_hand.samples or self._saw_no_peak
+        return by_hand
 
     def guide_by_hand(
         self, chain: Callable[[], Chain], units: Collection[Unit], meter: Meter
@@ -207,15 +210,12 @@ class Planner:
             else Forecast.of(observed, self._steps)
         )
         if not isinstance(guide, Planned):
-            # Torch's peak is that of this call only if it grew in it.
-            self._chain_peak_nbytes = max(
-                (
-                    mark.held_nbytes + use.workspace_nbytes
-                    for mark, use in zip(meter.marks, observed, strict=True)
-                    if use.is_exact
-                ),
-                default=0,
-            )
+            self._chain_peak_nbytes = _peak_of_weights_and_work(meter, observed)
+            self._saw_no_peak = self.vram_nbytes is None and not self._chain_peak_nbytes
+            if self._saw_no_peak and guide.samples:
+                seen = max(mark.seen_nbytes for mark in meter.marks)
+                self._chain_peak_nbytes = max(0, seen - meter.outside_nbytes)
+                self._saw_no_peak = False
 
     def _make_plan(self, units: Collection[Unit], steps: int | None, outside_nbytes: int) -> None:
         nbytes, self.plan = _sizes(units), None
@@ -243,12 +243,14 @@ class Planner:
 
     def _plan_for(self, asked: _Asked, needs: Mapping[str, Seq[str]]) -> Plan | None:
         expected, is_chain = asked.forecast.expect(asked.steps), self.vram_nbytes is None
+        trace, nbytes = expected.trace, asked.nbytes
         try:
             plan = expected.plan(
-                asked.nbytes,
+                nbytes,
                 budget_nbytes=asked.budget_nbytes,
                 bandwidth=asked.bandwidth,
-                segments=_stretches(expected.trace, asked.nbytes) if is_chain else (),
+                segments=_stretches(trace, nbytes) if is_chain else (),
+                beside_nbytes=_beside(trace, nbytes) if is_chain else (),
                 needs=needs,
                 cyclic=not is_chain,
             )
@@ -281,6 +283,15 @@ class _Asked(NamedTuple):
         )
 
 
+def _peak_of_weights_and_work(meter: Meter, observed: Seq[Observed]) -> int:
+    """Bytes, without what lay on the device before; 0 where torch's peak, which tells it, did not
+    grow in this call."""
+    uses = zip(meter.marks, observed, strict=True)
+    return max(
+        (mark.held_nbytes + use.workspace_nbytes for mark, use in uses if use.is_exact), default=0
+    )
+
+
 def opening(plan: Plan) -> tuple[list[str], float]:
     """What a cyclic ``plan`` begins with, in the order of its fetches; and how many bytes of that
     a steady cycle still has to copy when it begins."""
@@ -305,6 +316,16 @@ def _stretches(trace: Seq[str], nbytes: Mapping[str, int]) -> list[str]:
     """
     stages = stages_of(trace, nbytes)
     return [f"{name} in stage {stage + 1}" for name, stage in zip(trace, stages, strict=True)]
+
+
+def _beside(trace: Seq[str], nbytes: Mapping[str, int]) -> list[int]:
+    """For each use in ``trace``, the bytes of the others in its stage."""
+    stages = stages_of(trace, nbytes)
+    members: dict[int, set[str]] = {}
+    for name, stage in zip(trace, stages, strict=True):
+        members.setdefault(stage, set()).add(name)
+    total = {stage: sum(nbytes[name] for name in names) for stage, names in members.items()}
+    return [total[stage] - nbytes[name] for name, stage in zip(trace, stages, strict=True)]
 
 
 def _bandwidth(log: deque[Event]) -> float:

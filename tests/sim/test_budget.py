@@ -235,6 +235,30 @@ def test_the_peaks_of_the_process_are_never_reset(sim_device, monkeypatch):
     assert calls, "the spy does not see what it should see"
 
 
+@pytest.mark.parametrize("loop", ["unet", "unet controlnet"])
+def test_chain_mode_fetches_ahead_where_the_process_had_a_higher_peak_before(sim_device, loop):
+    """Then the first call tells nothing: the second is watched operator by operator."""
+    pipe, x = hungry(), noise(64)
+    pipe.controlnet.seconds = 2e-4
+    expected = unoffloaded(pipe, x, loop=loop)
+    with offload_engine.attach(pipe) as engine:
+        sim.configure(h2d_bandwidth=1e9)
+        peak_from_here()
+        first = measured(lambda: pipe(x, loop=loop))
+        peak_from_here()
+        alone = measured(lambda: pipe(x, loop=loop)).peak_nbytes
+    with offload_engine.attach(pipe) as engine:
+        torch.empty(2**24, device=sim_device)  # and its memory is free again
+        for number in range(4):
+            call, report = measured(lambda: pipe(x, loop=loop)), engine.report()
+            assert torch.equal(call.output, expected.output)
+            assert (report.predicted_seconds is None) == (number < 2)
+        assert call.seconds < 0.9 * first.seconds
+        assert report.seconds == pytest.approx(report.predicted_seconds, rel=0.02)
+        peak_from_here()
+        assert measured(lambda: pipe(x, loop=loop)).peak_nbytes <= max(alone, first.peak_nbytes)
+
+
 # ---- what `vram` may be
 
 
