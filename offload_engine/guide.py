@@ -146,14 +146,17 @@ class Planned:
                 self._last_use.update(dict.fromkeys(use.segments, at))
 
     def enter(self, name: str, work: int, here: Mapping[str, int], needs: Seq[str] = ()) -> Move:
-        expected = self.follower.at + 1
+        before = self.follower.at
         at = self.follower.enter(name)
+        is_jump = at is not None and at not in (before, before + 1)
         if at is None or work > self._works[at]:
             self.surprised, self.is_still = True, False
             return self._otherwise.enter(name, work, here, needs)
         self._otherwise.saw(name)
         if self._unit_of is None:
-            return self._enter(at, here, is_jump=at != expected)
+            return self._enter(at, here, is_jump)
+        if is_jump:
+            self._deferred.clear()  # the plan has no room for them here
         self._segment_of[name] = self.plan.uses[at].segments[0]
         self._deferred.pop(name, None)
         move = self._enter(at, {self._segment_of.get(o, o): size for o, size in here.items()})
