@@ -178,6 +178,7 @@ WAYS: dict[str, Way] = {
 
 def why_missing(way: str) -> str | None:
     """Why ``way`` cannot be had here; None where it can."""
-    if way in ("accelerate", "sequential") and importlib.util.find_spec("accelerate") is None:
+    needs = ("accelerate", "sequential", "group offload", "group, recording")
+    if way in needs and importlib.util.find_spec("accelerate") is None:
         return "accelerate is not installed"
     return None

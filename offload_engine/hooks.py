@@ -167,7 +167,7 @@ class Walker:
 
 
 def _runs_eagerly(unit: Unit) -> bool:
-    """Whether none of its modules is compiled: under a dispatch mode that would run otherwise."""
+    """Whether none of its modules is compiled: in another mode that is compiled anew."""
     return not any(_is_compiled_itself(m) for root in unit.modules for m in root.modules())
 
 

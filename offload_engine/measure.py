@@ -3,8 +3,8 @@
 [Note: workspace] The peak that torch keeps is the user's and only grows; it is never reset. If it
 grew during a use, it tells the use's workspace to the byte. If not, what lay below it is a safe
 upper bound, often a bad one: a decoder that runs after a large denoiser stays below its peak. So
-where a plan depends on it, the first forward of a use is also watched operator by operator
-(`Sampler`): no operator needs more than what is allocated before it and all that it allocates.
+where a plan depends on it, the first forward of a use is also watched function by function
+(`Sampler`): no function needs more than what is allocated before it and all that it allocates.
 In chain mode that is done only after a call in which the peak never grew.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from . import slots
 from .transfers import Link, elapsed_seconds
@@ -177,28 +177,37 @@ class Meter:
         mark.peak_before_nbytes = slots.peak_nbytes(self._link.device)
 
 
-class Sampler(TorchDispatchMode):
-    """Notes the most bytes that the operators inside it can have had allocated at any time."""
+class Sampler(TorchFunctionMode):
+    """Notes the most bytes that the functions inside it can have had allocated at any time.
+
+    Not a dispatch mode: in inference mode, composite operators choose other kernels below one, and
+    the bits are others. What no function of torch's allocates counts to the next one.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
         self._most_nbytes = 0
-        self.seen_nbytes = 0  # allocated after one of them, at most
+        self.seen_nbytes = 0  # allocated between two of them, at most
+        self._before = slots.allocated_nbytes(device), slots.ever_allocated_nbytes(device)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        device = self._device
-        before = slots.allocated_nbytes(device)
-        ever = slots.ever_allocated_nbytes(device)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._look()
         result = func(*args, **(kwargs or {}))
-        self.seen_nbytes = max(self.seen_nbytes, slots.allocated_nbytes(device))
-        reached = before + slots.ever_allocated_nbytes(device) - ever
-        if reached > self._most_nbytes:
-            self._most_nbytes = reached
+        self._look()
         return result
+
+    def _look(self) -> None:
+        """No more than was allocated at the last look, and all that was allocated since."""
+        allocated, ever = self._before
+        now = slots.allocated_nbytes(self._device), slots.ever_allocated_nbytes(self._device)
+        self._most_nbytes = max(self._most_nbytes, allocated + now[1] - ever)
+        self.seen_nbytes = max(self.seen_nbytes, now[0])
+        self._before = now
 
     def take(self) -> int:
         """The most since the last time."""
+        self._look()
         most, self._most_nbytes, self.seen_nbytes = self._most_nbytes, 0, 0
         return most
 

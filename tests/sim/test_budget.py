@@ -125,6 +125,24 @@ def test_a_call_with_a_component_that_is_new_moves_no_more_than_a_first_call(sim
     assert planned.moved.h2d_nbytes <= careful.moved.h2d_nbytes
 
 
+@pytest.mark.parametrize("fraction", [None, 0.5])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_inference_mode_gives_the_same_bits_in_half_precision(sim_device, name, fraction, dtype):
+    """In calls that are watched as well: under a dispatch mode, composite operators would choose
+    other kernels."""
+    case, pipe = PIPELINES[name], PIPELINES[name].build("tiny", dtype)
+    pipe.to(sim_device)
+    with torch.inference_mode():
+        expected = [torch.as_tensor(case.run(pipe, STEPS)) for _ in range(3)]
+    pipe.to("cpu")
+    vram = None if fraction is None else between(name, fraction)
+    torch.empty(2**25, device=sim_device)  # so that torch's peak tells nothing
+    with offload_engine.attach(pipe, case.seq, vram=vram), torch.inference_mode():
+        for output in expected:
+            assert torch.equal(torch.as_tensor(case.run(pipe, STEPS)), output)
+
+
 @pytest.mark.parametrize("vram", [None, TIGHT, "8GiB"])
 def test_the_reports_of_calls_have_all_that_was_moved(sim_device, vram):
     """What is fetched at the end of a call for the next one included."""
@@ -237,7 +255,7 @@ def test_the_peaks_of_the_process_are_never_reset(sim_device, monkeypatch):
 
 @pytest.mark.parametrize("loop", ["unet", "unet controlnet"])
 def test_chain_mode_fetches_ahead_where_the_process_had_a_higher_peak_before(sim_device, loop):
-    """Then the first call tells nothing: the second is watched operator by operator."""
+    """Then the first call tells nothing: the second is watched function by function."""
     pipe, x = hungry(), noise(64)
     pipe.controlnet.seconds = 2e-4
     expected = unoffloaded(pipe, x, loop=loop)
