@@ -3,8 +3,8 @@
 [Note: workspace] The peak that torch keeps is the user's and only grows; it is never reset. If it
 grew during a use, it tells the use's workspace to the byte. If not, what lay below it is a safe
 upper bound, often a bad one: a decoder that runs after a large denoiser stays below its peak. So
-where a plan depends on it, the first forward of a use is also watched function by function
-(`Sampler`): no function needs more than what is allocated before it and all that it allocates.
+where a plan depends on it, the first forward of a use is also watched operator by operator
+(`Sampler`): no operator needs more than what is allocated before it and all that it allocates.
 In chain mode that is done only after a call in which the peak never grew.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import slots
 from .transfers import Link, elapsed_seconds
@@ -172,32 +173,35 @@ class Meter:
             return
         mark.reached = reached
         mark.began = self._link.mark() if late else reached
+        if self.sampler is not None:
+            self.sampler.take()  # what was there until now does not belong to it
         mark.before_nbytes = mark.seen_nbytes = slots.allocated_nbytes(self._link.device)
         mark.held_nbytes = slots.lent_nbytes(self._link.device)
         mark.peak_before_nbytes = slots.peak_nbytes(self._link.device)
 
 
-class Sampler(TorchFunctionMode):
-    """Notes the most bytes that the functions inside it can have had allocated at any time.
+class Sampler:
+    """Notes the most bytes that the operators inside it can have had allocated at any time.
 
-    Not a dispatch mode: in inference mode, composite operators choose other kernels below one, and
-    the bits are others. What no function of torch's allocates counts to the next one.
+    In inference mode it sees functions in their place, which is coarser: there, composite operators
+    choose other kernels below a dispatch mode, and the bits would be others.
     """
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
         self._device = device
         self._most_nbytes = 0
         self.seen_nbytes = 0  # allocated between two of them, at most
         self._before = slots.allocated_nbytes(device), slots.ever_allocated_nbytes(device)
+        coarse = torch.is_inference_mode_enabled()
+        self._mode: Any = _Functions(self.look) if coarse else _Operators(self.look)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._look()
-        result = func(*args, **(kwargs or {}))
-        self._look()
-        return result
+    def __enter__(self) -> None:
+        self._mode.__enter__()
 
-    def _look(self) -> None:
+    def __exit__(self, *exception: Any) -> None:
+        self._mode.__exit__(*exception)
+
+    def look(self) -> None:
         """No more than was allocated at the last look, and all that was allocated since."""
         allocated, ever = self._before
         now = slots.allocated_nbytes(self._device), slots.ever_allocated_nbytes(self._device)
@@ -207,7 +211,7 @@ class Sampler(TorchFunctionMode):
 
     def take(self) -> int:
         """The most since the last time."""
-        self._look()
+        self.look()
         most, self._most_nbytes, self.seen_nbytes = self._most_nbytes, 0, 0
         return most
 
@@ -215,3 +219,32 @@ class Sampler(TorchFunctionMode):
     def works_on(device: torch.device) -> bool:
         """Whether the allocator counts what it ever allocated."""
         return slots.ever_allocated_nbytes(device) > 0
+
+
+class _Operators(TorchDispatchMode):
+    """Looks before and after each operator."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        super().__init__()
+        self._look = look
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _between_looks(self._look, func, args, kwargs)
+
+
+class _Functions(TorchFunctionMode):
+    """Looks before and after each function of torch's."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        super().__init__()
+        self._look = look
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _between_looks(self._look, func, args, kwargs)
+
+
+def _between_looks(look: Callable[[], None], func: Any, args: Any, kwargs: Any) -> Any:
+    look()
+    result = func(*args, **(kwargs or {}))
+    look()
+    return result

@@ -255,7 +255,7 @@ def test_the_peaks_of_the_process_are_never_reset(sim_device, monkeypatch):
 
 @pytest.mark.parametrize("loop", ["unet", "unet controlnet"])
 def test_chain_mode_fetches_ahead_where_the_process_had_a_higher_peak_before(sim_device, loop):
-    """Then the first call tells nothing: the second is watched function by function."""
+    """Then the first call tells nothing: the second is watched operator by operator."""
     pipe, x = hungry(), noise(64)
     pipe.controlnet.seconds = 2e-4
     expected = unoffloaded(pipe, x, loop=loop)
