@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -59,8 +60,9 @@ def attach(
     ``vram``: None is chain mode: one component at a time, all memory given back at the end of a
     call. Or the bytes of device memory to use, weights and activations together, as a number, as
     text ("8GiB"), or "auto" for what is free now: the first call is careful and measures, the
-    next ones follow a plan, and what is worth keeping stays between calls. Pipelines with a
-    ``vram`` on one device share it. Where it does not hold everything, large components are
+    next ones follow a plan, and what is worth keeping stays between calls. (A mapping has no calls
+    that could be seen: it keeps to the budget without a plan.) Pipelines with a ``vram`` on one
+    device share it. Where it does not hold everything, large components are
     streamed block by block. Their blocks are found; ``blocks`` names them, for the components it
     mentions: paths of lists of blocks or of single ones ("transformer.transformer_blocks").
 
@@ -418,6 +420,11 @@ class Engine:
             trace = [names[mark.unit] for mark in meter.marks if mark.unit in names]
             switches = [name for name, _ in itertools.groupby(trace)]
             self._sequence = learn(switches, nbytes)
+        turns: dict[str, int] = {}
+        for number, mark in enumerate(meter.marks):
+            turns.setdefault(mark.unit, number)
+        for unit in self._units:
+            unit.turn = turns.get(unit.name, math.inf)
         if not self._calls:
             self._planner.ended(guide, meter, log, frozenset(names))
 

@@ -93,6 +93,7 @@ _version: Any = operator.attrgetter("_version")
 _dtype: Any = operator.attrgetter("dtype")
 _device_pointer: Any = operator.attrgetter("device_pointer")
 _version_at_fetch: Any = operator.attrgetter("version")
+_turn: Any = operator.attrgetter("turn")
 
 
 class _Snapshot:
@@ -191,6 +192,7 @@ class Unit:
         self.without = tuple(without)
         self.needs = needs
         self.state = State.HOST
+        self.turn = math.inf  # the number of the first use in a call that needs it
         self.stale = False  # moved by the user while resident: look again before the next use
         self.open_on: Any = CLOSED  # the key of the stream on which it may run unasked (hooks.py)
         self.doors: Doors | None = None
@@ -569,8 +571,10 @@ class Residency:
 
     @property
     def resident(self) -> list[Unit]:
-        """Units with weights on the device now, or on their way there or back."""
-        return [unit for unit in list(self.units.values()) if unit.state is not State.HOST]
+        """Units with weights on the device now, or on their way there or back; first what a call
+        needs last."""
+        found = [unit for unit in list(self.units.values()) if unit.state is not State.HOST]
+        return sorted(found, key=_turn, reverse=True)
 
     def settle(self) -> None:
         """Releases what was interrupted half way, and units whose weights were moved."""

@@ -26,7 +26,7 @@ _RULES = (
 )
 """Forward passes to try: bulk, and lead as a part of the time to copy everything once."""
 _FIRST_RULES = 4  # tried even if one takes as long as the bound: another may fetch less
-_MOST_USES_TRIED = 40_000  # of all forward passes together
+_MOST_USES_TRIED = 30_000  # of all forward passes together
 _MOST_DRAFTS = 4  # to tidy, beside the fastest
 _CLOSE = 1 + 1e-9
 _AS_GOOD = 1 + 2e-3  # for a big problem, where bytes can count more than that

@@ -73,6 +73,27 @@ def test_what_one_pipeline_keeps_goes_as_far_as_the_next_needs_the_room(sim_devi
         assert call.moved.h2d_nbytes == x.nbytes
 
 
+def test_what_goes_first_is_what_the_other_pipeline_needs_last(sim_device):
+    first, second, x = make(), make(seed=1), noise()
+    weights = sum(total_nbytes(part) for part in first.components.values())
+    with (
+        offload_engine.attach(first, vram=weights + 100_000),
+        offload_engine.attach(second, vram=weights + 100_000) as other,
+    ):
+        for _ in range(2):
+            for pipe in (first, second):
+                for _ in range(3):
+                    pipe(x)
+        units = {unit.name: name for name, mount in other._mounts.items() for unit in mount.units}
+        assert {"te", "te2", "unet", "vae"} <= set(other.resident)
+        first(x)
+        gone = [e.unit for e in other._residency.log if e.kind == "release" and e.unit in units]
+        order = [units[name] for name in gone]
+        assert order == [n for n in ("controlnet", "vae", "unet", "te2", "te") if n in order]
+        assert order[-1] != "te" or len(order) >= 4
+        assert "vae" in order
+
+
 def test_steady_alternation_of_two_pipelines_takes_what_each_alone_has_to_fetch(sim_device):
     """Each call finds the other's weights on the device, and nothing else goes wrong."""
     first, second, x = make(), make(seed=1), noise()
