@@ -290,9 +290,9 @@ class Engine:
             self._planner.ran_out(meter)
             if hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(self._held())
-        if not self._attached:
-            return
         try:
+            if not self._attached:
+                return
             if self.vram_nbytes is None or isinstance(error, torch.OutOfMemoryError):
                 walker.release_all()
             elif error is None and not self._calls:

@@ -122,13 +122,8 @@ def limited(device, nbytes):
         sim.configure(capacity_nbytes=64 * 2**30)
 
 
-class Part(nn.Sequential):
-    """Two linear layers that hold about so many MiB, in float32."""
-
-    def __init__(self, mib):
-        inner = mib * MIB // (2 * 4 * WIDTH)
-        super().__init__(nn.Linear(WIDTH, inner), nn.Linear(inner, WIDTH))
-        self.eval()
+class Placed(nn.Module):
+    """What pipelines ask of a component."""
 
     @property
     def nbytes(self):
@@ -141,6 +136,15 @@ class Part(nn.Sequential):
     @property
     def dtype(self):
         return next(self.parameters()).dtype
+
+
+class Part(Placed, nn.Sequential):
+    """Two linear layers that hold about so many MiB, in float32."""
+
+    def __init__(self, mib):
+        inner = mib * MIB // (2 * 4 * WIDTH)
+        super().__init__(nn.Linear(WIDTH, inner), nn.Linear(inner, WIDTH))
+        self.eval()
 
     def decode(self, x):
         return self(x)

@@ -13,6 +13,7 @@ from .conftest import (
     Part,
     Peak,
     Pipe,
+    Placed,
     allocated,
     clean,
     limited,
@@ -24,7 +25,7 @@ SLACK = 4 * MIB  # torch rounds what it allocates up
 SPARE = 24 * MIB  # what the process may take beside the budget: libraries, rounding, caches
 
 
-class Deep(nn.Module):
+class Deep(Placed):
     """A dozen blocks in a row."""
 
     def __init__(self, blocks=12, mib=8):
@@ -32,18 +33,6 @@ class Deep(nn.Module):
         self.enter = nn.Linear(WIDTH, WIDTH)
         self.blocks = nn.ModuleList(nn.ModuleList([Part(mib)]) for _ in range(blocks))
         self.eval()
-
-    @property
-    def nbytes(self):
-        return sum(p.nbytes for p in self.parameters())
-
-    @property
-    def device(self):
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self):
-        return next(self.parameters()).dtype
 
     def forward(self, x):
         x = self.enter(x)

@@ -15,6 +15,7 @@ from offload_engine.errors import (
     PlanError,
     SequenceError,
 )
+from offload_engine.pipeline import _steps
 
 
 def make():
@@ -88,6 +89,23 @@ def test_a_component_on_meta_is_refused_by_name():
     with pytest.raises(ComponentError, match="c has weights on the meta device") as error:
         offload_engine.attach(modules, "a->b->c", device="cpu")
     assert error.value.names == ("c",)
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps"),
+    [
+        ({}, 50),
+        ({"num_inference_steps": 7}, 7),
+        ({"sigmas": [1.0, 0.5]}, 2),
+        ({"timesteps": [9]}, 1),
+    ],
+)
+def test_the_steps_of_a_call_are_those_it_is_asked_for(asked, steps):
+    class Pipe:
+        def __call__(self, x=None, num_inference_steps=50, timesteps=None, sigmas=None):
+            pass
+
+    assert _steps(Pipe, Pipe(), (), asked) == steps
 
 
 def mount_of(module):
