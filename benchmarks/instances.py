@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import bisect
 import random
+from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from math import inf
 from typing import NamedTuple
 
@@ -206,6 +208,29 @@ def flux(
     uses += [Use((name,), step_seconds / len(blocks), workspace) for name in blocks] * steps
     uses.append(Use(("vae",), step_seconds / 2, int(4.7 * GIB)))
     return Instance(nbytes, uses, budget, bandwidth)
+
+
+def cut(
+    instance: Instance, parts: int, names: Callable[[str], bool] = lambda name: True
+) -> Instance:
+    """``instance`` with each of ``names`` cut into ``parts`` that are used together."""
+    pieces = {
+        name: [f"{name}/{part}" for part in range(parts)] if names(name) else [name]
+        for name in instance.nbytes
+    }
+    nbytes = {}
+    for name, own in pieces.items():
+        total = instance.nbytes[name]
+        ends = [total * number / len(own) for number in range(len(own) + 1)]
+        if isinstance(total, int):
+            ends = [int(end) for end in ends]
+        nbytes |= {each: b - a for each, (a, b) in zip(own, pairwise(ends), strict=True)}
+    uses = [
+        use._replace(segments=tuple(piece for name in use.segments for piece in pieces[name]))
+        for use in instance.uses
+    ]
+    resident = tuple(piece for name in instance.resident for piece in pieces[name])
+    return instance._replace(nbytes=nbytes, uses=uses, resident=resident)
 
 
 def least_nbytes(plan: Plan) -> float:

@@ -4,6 +4,10 @@
 blocks. A block that consists of further rows, as the down blocks of a UNet do, is cut into those.
 What is outside of all blocks is the rest: needed whenever the component runs. Neighbours in a row
 that are too small to be worth a copy of their own move as one.
+
+[Note: parts] A block runs as one, but need not move as one: its layers are dealt out to a few parts
+of about the same size. So a part of each block can stay and the rest of it stream, and what is to
+come next takes room by the part and not by the block.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ from .errors import ComponentError
 from .segments import Scan, scan, sharing_scans
 
 _MOSTLY = 0.75  # of a block's bytes must be in its own rows for it to be cut into them
-_LEAST_PART = 1 / 128  # of the component: smaller neighbours move as one
+_LEAST_BLOCK = 1 / 128  # of the component: smaller neighbours move as one
+_LEAST_PART = 1 / 256  # the same: a block is not cut any finer
+_MOST_PARTS = 4  # of a block
 
 Block = tuple[str, tuple[nn.Module, ...]]  # path in the component, the modules that move as one
 
@@ -26,7 +32,7 @@ Block = tuple[str, tuple[nn.Module, ...]]  # path in the component, the modules 
 def find_blocks(component: nn.Module) -> list[Block]:
     """The blocks of ``component``, in the order of its definition; see [Note: blocks]."""
     rows = _rows(component, "")
-    return _untied(component, _merged(rows, _nbytes([component]) * _LEAST_PART))
+    return _untied(component, _merged(rows, _nbytes([component]) * _LEAST_BLOCK))
 
 
 def named_blocks(component: nn.Module, name: str, paths: Iterable[str]) -> list[Block]:
@@ -49,6 +55,35 @@ def named_blocks(component: nn.Module, name: str, paths: Iterable[str]) -> list[
                 found.setdefault(block, f"{path}.{number}" if number else path)
     inside = {m for block in found for m in block.modules() if m is not block}
     return _untied(component, [(p, (b,)) for b, p in found.items() if b not in inside])
+
+
+def parts_of(block: Block, component_nbytes: int) -> list[tuple[nn.Module, ...]]:
+    """The layers in each part of ``block``, but for the first, to which belongs all that is in no
+    other; see [Note: parts]. Empty for a block that moves as one."""
+    _, modules = block
+    nbytes = _nbytes(modules)
+    count = min(_MOST_PARTS, int(nbytes / max(1, component_nbytes * _LEAST_PART)))
+    layers = list(dict.fromkeys(layer for module in modules for layer in _layers(module)))
+    own = scan(modules, without=layers)
+    groups = sharing_scans([own, *(scan([layer]) for layer in layers)])
+    free = [layers[group[0] - 1] for group in groups if len(group) == 1 and group[0]]
+    sizes = {layer: _nbytes([layer]) for layer in free}
+    parts: list[list[nn.Module]] = [[] for _ in range(count)]
+    weights = [nbytes - sum(sizes.values()), *[0] * (count - 1)]
+    for layer in sorted(free, key=lambda layer: -sizes[layer]) if count > 1 else ():
+        lightest = weights.index(min(weights))
+        weights[lightest] += sizes[layer]
+        parts[lightest].append(layer)
+    return [tuple(part) for part in parts[1:] if sum(sizes[layer] for layer in part)]
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules below ``module`` that have none below them."""
+    for child in module.children():
+        if any(child.children()):
+            yield from _layers(child)
+        else:
+            yield child
 
 
 def _is_row(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import slots
-from .blocks import Block
+from .blocks import Block, parts_of
 from .errors import ComponentError, DeviceError
 from .guide import Chain, Guide
 from .hooks import HfHook, Undo, Walker, install, nbytes_on, run_back
@@ -29,7 +29,7 @@ from .plan import Plan
 from .planner import Planner, opening
 from .report import Report, build_report
 from .residency import Event, Residency, State, Unit, new_log
-from .segments import sharing
+from .segments import scan, sharing
 from .sequence import Cursor, Sequence, learn
 from .transfers import elapsed_seconds
 from .units import format_nbytes, parse_nbytes
@@ -424,6 +424,7 @@ class Engine:
         for number, mark in enumerate(meter.marks):
             turns.setdefault(mark.unit, number)
         for unit in self._units:
+            turns |= {part.name: turns[unit.name] for part in unit.parts if unit.name in turns}
             unit.turn = turns.get(unit.name, math.inf)
         if not self._calls:
             self._planner.ended(guide, meter, log, frozenset(names))
@@ -612,11 +613,20 @@ class _Mount:
 
     def _make_units(self, modules: tuple[nn.Module, ...]) -> None:
         blocks = self._blocks if len(modules) == 1 else ()
-        inner = [module for _, parts in blocks for module in parts]
+        inner = [module for _, members in blocks for module in members]
         rest = Unit(self.name, modules, self._store, without=inner)
         self.units.append(rest)
-        for path, parts in blocks:
-            self.units.append(Unit(f"{self.name}.{path}", parts, self._store, needs=(rest,)))
+        nbytes = sum(t.nbytes for module in modules for t in scan([module]).all_tensors)
+        for block in blocks:
+            path, members = block
+            name = f"{self.name}.{path}"
+            parts = tuple(
+                Unit(f"{name}/{number}", layers, self._store)
+                for number, layers in enumerate(parts_of(block, nbytes), 1)
+            )
+            layers = [layer for part in parts for layer in part.modules]
+            whole = Unit(name, members, self._store, without=layers, rest=(rest,), parts=parts)
+            self.units += [whole, *parts]
 
     def _drop_units(self) -> None:
         while self.units:
@@ -631,8 +641,10 @@ class _Mount:
 
     def _install(self) -> None:
         _mounts.add(self)
+        parts = {part for unit in self.units for part in unit.parts}
         for unit in self.units:
-            install(unit, self.walker, self, self._undo)
+            if unit not in parts:
+                install(unit, self.walker, self, self._undo)
 
     def detach(self) -> None:
         """Somebody removed the hooks from outside (accelerate's remove_hook_from_module)."""

@@ -50,7 +50,7 @@ class Chain:
         self.watches_forwards = watches_forwards
         self.samples = False
 
-    def saw(self, name: str) -> None:
+    def saw(self, name: str, needs: Seq[str] = ()) -> None:
         """``name`` runs, and another guide has decided what moves."""
         self.cursor.enter(name)
 
@@ -82,13 +82,14 @@ class Careful:
         self._workspace_of = workspace_of
         self._used: dict[str, None] = {}  # in order of last use
 
-    def saw(self, name: str) -> None:
+    def saw(self, name: str, needs: Seq[str] = ()) -> None:
         """``name`` runs, and another guide has decided what moves."""
-        self._used.pop(name, None)
-        self._used[name] = None
+        for each in (*needs, name):
+            self._used.pop(each, None)
+            self._used[each] = None
 
     def enter(self, name: str, work: int, here: Mapping[str, int], needs: Seq[str] = ()) -> Move:
-        self.saw(name)
+        self.saw(name, needs)
         needed = (*needs, name)
         fetch = [each for each in needed if each not in here]
         known_work, workspace = self._workspace_of(name)
@@ -152,7 +153,7 @@ class Planned:
         if at is None or work > self._works[at]:
             self.surprised, self.is_still = True, False
             return self._otherwise.enter(name, work, here, needs)
-        self._otherwise.saw(name)
+        self._otherwise.saw(name, needs)
         if self._unit_of is None:
             return self._enter(at, here, is_jump)
         if is_jump:

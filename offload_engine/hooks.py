@@ -84,8 +84,7 @@ class Walker:
                 self.at_door, self.stream = unit, key
                 return
             if guide.watches_forwards or residency.has_more:
-                if unit.doors is not None:
-                    unit.doors.disarm()
+                _disarm(unit)
                 self.running, self.stream = unit, key
             else:
                 self._open(unit, key)
@@ -94,8 +93,7 @@ class Walker:
                         self._open(block, key)
 
     def _open(self, unit: Unit, key: Any) -> None:
-        if unit.doors is not None:
-            unit.doors.disarm()
+        _disarm(unit)
         self.opened.append(unit)
         unit.open_on = key
 
@@ -126,7 +124,8 @@ class Walker:
         reached = None if again else meter.boundary()
         here = {other.name: other.nbytes for other in residency.resident}
         needs = [other.name for other in unit.needs]
-        is_other = unit.nbytes != self.sizes.get(unit.name, unit.nbytes)
+        whole = (unit, *unit.parts)
+        is_other = any(each.nbytes != self.sizes.get(each.name, each.nbytes) for each in whole)
         is_new_way = guide.samples and (unit.name, way) not in meter.ways
         meter.ways.add((unit.name, way))
         asked = _UNKNOWN if is_other or is_new_way else work
@@ -145,12 +144,12 @@ class Walker:
         can_be_watched = functools.partial(_runs_eagerly, unit)
         return self.meter.run(unit.name, way, can_be_watched, bare, args, kwargs)
 
-    def is_tight_for(self, unit: Unit) -> bool:
-        """Whether a budget may not hold ``unit`` beside a wider copy of it."""
+    def is_tight_for(self, unit: Unit, growth: float) -> bool:
+        """Whether a budget may not hold ``unit`` beside a copy ``growth`` times as large."""
         if self.vram_nbytes is None or unit.state is not State.RESIDENT:
             return False
         allocated = slots.allocated_nbytes(self.residency.device)
-        return allocated + 2 * unit.nbytes > self.vram_nbytes
+        return allocated + growth * unit.nbytes > self.vram_nbytes
 
     def leave(self) -> None:
         """No unit is known to be ready: the next entry looks at everything again."""
@@ -164,6 +163,12 @@ class Walker:
         with self.residency.lock:
             self.leave()
             self.residency.release_all()
+
+
+def _disarm(unit: Unit) -> None:
+    for each in (unit, *unit.parts):
+        if each.doors is not None:
+            each.doors.disarm()
 
 
 def _runs_eagerly(unit: Unit) -> bool:
@@ -323,7 +328,8 @@ class ApplyWatch(MethodEntry):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         walker, unit = self._entry.walker, self._entry.unit
-        if walker.is_tight_for(unit) and (not args or _widens(args[0], self._module)):
+        growth = _growth(args[0] if args else kwargs.get("fn"), self._module)
+        if growth and walker.is_tight_for(unit, growth):
             walker.leave()
             walker.residency.release(unit)
         try:
@@ -336,16 +342,19 @@ class ApplyWatch(MethodEntry):
                 walker.leave()
 
 
-def _widens(change: Callable[[Tensor], Tensor], module: nn.Module) -> bool:
-    """Whether ``change``, what ``_apply`` does to each weight, makes them larger."""
+def _growth(change: Any, module: nn.Module) -> float:
+    """How large what ``change`` makes of a weight on the device is there, relative to the weight; 0
+    where it copies nothing."""
     first = next((p for p in module.parameters() if p.is_floating_point()), None)
     if first is None:
-        return False
+        return 0.0
+    before = torch.empty(0, dtype=first.dtype, device=first.device)
     try:
-        after = change(torch.empty(0, dtype=first.dtype, device=first.device))
-        return after.dtype.itemsize > first.dtype.itemsize
+        after = change(before)
+        is_copy = after is not before and after.device == before.device
+        return after.dtype.itemsize / before.dtype.itemsize if is_copy else 0.0
     except Exception:
-        return True
+        return 2.0
 
 
 class _Detachable(Protocol):
@@ -406,6 +415,7 @@ class UnitDoors:
     """See [Note: doors]."""
 
     def __init__(self, entry: Entry, hook_id: int) -> None:
+        """``entry``: that of the unit, or of the unit that it is a part of."""
         self._entry = entry
         self._door = Door(entry.walker, entry.unit)
         self._exit = DoorExit(entry.walker, entry.unit)
@@ -452,7 +462,7 @@ Undo = list[Callable[[], None]]  # run from the end; safe to run when nothing wa
 
 
 def install(unit: Unit, walker: Walker, owner: Owner, undo: Undo) -> None:
-    """Puts every entry on the modules of ``unit``.
+    """Puts every entry on the modules of ``unit``, which has its parts entered with it.
 
     ``owner``: what the modules' ``_hf_hook`` belongs to and asks to detach. Each step is entered
     in ``undo`` before it is done, so that an interrupt at any point can be undone.
@@ -469,12 +479,16 @@ def install(unit: Unit, walker: Walker, owner: Owner, undo: Undo) -> None:
         _shadow(module, "forward", Gate(entry, module), undo)
         _shadow(module, "_apply", ApplyWatch(entry, module, "_apply"), undo)
         _remove_pre_hooks(module, entry)  # from here on it comes and goes with the doors
-    doors = UnitDoors(entry, handle.id)
-    undo.append(doors.disarm)
-    unit.doors = doors
-    if unit.state is State.HOST:
-        on_cpu = walker.residency.link is None  # nothing moves there: the roots alone tell
-        doors.arm(unit.modules if on_cpu else unit.scan().modules)
+    for part in unit.parts:
+        apart = Entry(walker, part)
+        for module in part.modules:
+            _shadow(module, "_apply", ApplyWatch(apart, module, "_apply"), undo)
+    on_cpu = walker.residency.link is None  # nothing moves there: the roots alone tell
+    for each in (unit, *unit.parts):
+        each.doors = doors = UnitDoors(entry, handle.id)
+        undo.append(doors.disarm)
+        if each.state is State.HOST and not (on_cpu and each is not unit):
+            doors.arm(each.modules if on_cpu else each.scan().modules)
 
 
 def _shadow(module: nn.Module, name: str, stand_in: Any, undo: Undo) -> None:

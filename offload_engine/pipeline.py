@@ -324,8 +324,10 @@ def _call(original: Any) -> Any:
         try:
             _offload_call_of.begin_call(_steps(original, self, args, kwargs))
             result = original.__call__(self, *args, **kwargs)
-        except BaseException as error:
-            _offload_call_of.end_call(error)
+        except BaseException:
+            # No name for it here: `calls_on_stack` reads the locals of this frame, and what reads
+            # them keeps them; the error, its frames and their tensors would form a cycle.
+            _offload_call_of.end_call(sys.exc_info()[1])
             raise
         _offload_call_of.end_call(None, result)
         return result

@@ -222,6 +222,7 @@ class Planner:
         if self._forecast is not None and self._asked is not None:
             before = self._asked.nbytes
             grown = {n for n in nbytes.keys() & before.keys() if nbytes[n] != before[n]}
+            grown |= {u.name for u in units if any(part.name in grown for part in u.parts)}
             if grown:  # cast, or with an adapter: its activations may be others, too
                 self._forecast = self._forecast.without(grown)
         forecast, is_chain = self._forecast, self.vram_nbytes is None

@@ -1,6 +1,7 @@
 """The state of each unit, what changed in it, and the log of what moved.
 
-A unit is what moves as one: a component, or several that share weights. `Residency` holds the
+A unit is what moves as one: a component, several that share weights, or a part of a block.
+`Residency` holds the
 units of the pipelines that share modules, or a budget, on one device. It is told what to release
 and what to fetch (guide.py): it decides nothing.
 """
@@ -183,14 +184,17 @@ class Unit:
         store: HostStore,
         *,
         without: Iterable[nn.Module] = (),
-        needs: tuple[Unit, ...] = (),
+        rest: tuple[Unit, ...] = (),
+        parts: tuple[Unit, ...] = (),
     ) -> None:
-        """``without``: modules below ``modules`` that belong to other units; ``needs``: units that
-        must be resident whenever this one runs."""
+        """``without``: modules below ``modules`` that belong to other units; ``rest``: what must be
+        resident whenever this one runs; ``parts``: the same, and of modules below ``modules``,
+        which run only with this one."""
         self.name = name
         self.modules: tuple[nn.Module, ...] = tuple(modules)
         self.without = tuple(without)
-        self.needs = needs
+        self.parts = parts
+        self.needs = rest + parts
         self.state = State.HOST
         self.turn = math.inf  # the number of the first use in a call that needs it
         self.stale = False  # moved by the user while resident: look again before the next use
@@ -639,17 +643,20 @@ class Residency:
 
     def landed_blocks(self, rest: Unit) -> list[Unit]:
         """The units that cannot run without ``rest`` and are there, ready on this stream."""
-        found = []
-        for unit in self.resident:
-            fetch = unit.fetch
-            if rest not in unit.needs or fetch is None or fetch.ready is None:
-                continue
-            if unit.state is State.LOADING and fetch.ready.query():
-                self._make_ready(unit, (unit,))
-            if unit.state is State.RESIDENT and not unit.stale:
-                self._wait(unit)
-                found.append(unit)
-        return found
+        blocks = [unit for unit in self.resident if rest in unit.needs]
+        return [unit for unit in blocks if all(map(self._has_landed, (*unit.parts, unit)))]
+
+    def _has_landed(self, unit: Unit) -> bool:
+        """Whether ``unit`` is there; then the current stream waits for it, which takes no time."""
+        fetch = unit.fetch
+        if fetch is None or fetch.ready is None:
+            return False
+        if unit.state is State.LOADING and fetch.ready.query():
+            self._make_ready(unit, (unit,))
+        if unit.state is not State.RESIDENT or unit.stale:
+            return False
+        self._wait(unit)
+        return True
 
     def _wait(self, unit: Unit) -> bool:
         """True if the current stream had not waited for the weights before."""

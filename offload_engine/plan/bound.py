@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from math import inf, prod
@@ -40,6 +40,7 @@ class Windows:
 
     def __init__(self, problem: Problem, before: int | None) -> None:
         length = problem.length
+        problem, self.parts = _bundled(problem)
         self.problem = problem
         self.before = before  # the use before the first, if any
         self.upcoming = [length] * len(problem.sizes)
@@ -74,13 +75,16 @@ class Windows:
             self.upcoming[segment] = position
             self.order.insert(0, segment)
         if len(self.order) > known:
-            self.floor = floor_of_sums([self.problem.sizes[segment] for segment in self.order])
+            self.floor = floor_of_sums(
+                [size for bundle in self.order for size in self.parts[bundle]]
+            )
             self.most.clear()
 
     def _look_ahead(self, position: int, tail: float) -> None:
         """Set what every plan needs from boundary ``position``."""
         problem, order, upcoming = self.problem, self.order, self.upcoming
-        sizes, floor, from_start = problem.sizes, self.floor, self.from_start
+        sizes, parts, floor = problem.sizes, self.parts, self.floor
+        from_start = self.from_start
         room, rate = problem.room[position], problem.unit_seconds
         there, spare = self._before(position)
         room_floor, others_floor = floor(room), max(0, floor(spare))
@@ -98,8 +102,8 @@ class Windows:
                 segment = order[number]
                 size = sizes[segment]
                 wanted += size
-                if size < smallest:
-                    smallest = size
+                if parts[segment][0] < smallest:
+                    smallest = parts[segment][0]
                 if segment in there:
                     met += size
                 number += 1
@@ -138,10 +142,10 @@ class Windows:
 
     def _later_sizes(self) -> tuple[list[float], int]:
         """The smallest size from each place in the order on, and the biggest of all."""
-        sizes = [self.problem.sizes[segment] for segment in reversed(self.order)]
-        smallest = [*accumulate(sizes, min, initial=inf)]
+        parts = [self.parts[segment] for segment in reversed(self.order)]
+        smallest = [*accumulate((part[0] for part in parts), min, initial=inf)]
         smallest.reverse()
-        return smallest, max(sizes, default=0)
+        return smallest, max((part[-1] for part in parts), default=0)
 
     def _heads(self, there: set[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """For each small number of segments from the order's head: all sums of their sizes, and
@@ -154,8 +158,9 @@ class Windows:
             others: tuple[int, ...] = (0,)
             found = [(whole, others)]
             for segment, is_there in zip(*key, strict=True):
-                whole = _with_size(whole, self.problem.sizes[segment])
-                others = others if is_there else _with_size(others, self.problem.sizes[segment])
+                for size in self.parts[segment]:
+                    whole = _with_size(whole, size)
+                    others = others if is_there else _with_size(others, size)
                 if len(whole) > _MOST_IN_HEAD_SUMS:
                     break
                 found.append((whole, others))
@@ -196,6 +201,34 @@ class Windows:
 def remaining_bounds(problem: Problem, before: int | None = None) -> Bounds:
     """Lower bounds from every point of ``problem``; ``before`` is the use before its first."""
     return Windows(problem, before).bounds()
+
+
+def _bundled(problem: Problem) -> tuple[Problem, list[tuple[int, ...]]]:
+    """``problem`` with segments that are always used together as one, and the sizes in each such
+    bundle, the smallest first: a window has all of it, or nothing."""
+    used: dict[int, list[int]] = {}
+    for place, needed in enumerate(dict.fromkeys(problem.needs)):
+        for segment in needed:
+            used.setdefault(segment, []).append(place)
+    resident = set(problem.resident)
+    bundles: dict[tuple[object, ...], list[int]] = {}
+    for segment, places in used.items():
+        bundles.setdefault((segment in resident, *places), []).append(segment)
+    sizes = [sorted(problem.sizes[segment] for segment in bundle) for bundle in bundles.values()]
+    bundle_of = {s: number for number, bundle in enumerate(bundles.values()) for s in bundle}
+    renamed = {
+        needed: tuple(dict.fromkeys(bundle_of[segment] for segment in needed))
+        for needed in set(problem.needs)
+    }
+    bundled = replace(
+        problem,
+        names=(),
+        sizes=tuple(map(sum, sizes)),
+        copy_seconds=(),
+        needs=tuple(renamed[needed] for needed in problem.needs),
+        resident=tuple({bundle_of[segment] for segment in resident if segment in bundle_of}),
+    )
+    return bundled, [tuple(bundle) for bundle in sizes]
 
 
 def floor_of_sums(sizes: Sequence[int]) -> Callable[[int], int]:

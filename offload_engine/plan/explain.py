@@ -183,5 +183,6 @@ def _longest(plan: Plan, stalls: list[Stall]) -> Iterator[str]:
 
 
 def _stem(name: str) -> str:
-    """``name`` with its numbers out; but text_encoder_2 and text_encoder_3 are two components."""
-    return re.sub(r"(?<![\d_])\d+", "#", name)
+    """``name`` without its part, with its numbers out; but text_encoder_2 and text_encoder_3 are
+    two components."""
+    return re.sub(r"(?<![\d_])\d+", "#", re.sub(r"/\d+$", "", name))

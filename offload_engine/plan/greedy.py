@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from heapq import heappop, heappush
 from math import inf
 
@@ -39,14 +40,22 @@ class Forward:
     soonest, if what must go for it is needed later than it is. What goes is what is needed
     furthest ahead (Belady, 1966), where ``bulk`` seconds are taken off for each second that
     fetching it again would take. Everything happens at the first opportunity, but no more than
-    ``lead`` seconds of compute ahead.
+    ``lead`` seconds of compute ahead. What is ``kept`` does not go while its next use is fewer than
+    so many uses ahead, unless a use has no room otherwise.
     """
 
-    def __init__(self, problem: Problem, bulk: float = 0.0, lead: float = inf) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        bulk: float = 0.0,
+        lead: float = inf,
+        kept: Mapping[int, float] | None = None,
+    ) -> None:
         count = len(problem.sizes)
         self.problem = problem
         self.bulk = bulk
         self.lead = lead
+        self.kept = kept or {}
         self.after = next_positions(problem.needs, count)
         self.limits = fetch_limits(problem)
         self.upcoming = first_positions(problem.needs, count)
@@ -54,6 +63,7 @@ class Forward:
         self.fresh = [False] * count  # fetched, not yet used: never a victim
         self.landing = [0.0] * count
         self.held = 0
+        self.guarded: set[int] = set()  # kept, used, and not among the victims
         self.victims: list[tuple[float, int, int]] = []  # heap, with outdated entries
         self.link_free = 0.0
         self.cursor = (0, 0)  # use and place in it: all that is used from here to there is present
@@ -83,16 +93,22 @@ class Forward:
                 self._fetch(segment, begin, fetch)
             if self.landing[segment] > now:
                 now = self.landing[segment]
-        self._make_room(position, problem.room[position], release)
+        if not self._make_room(position, problem.room[position], release):
+            for kept in self.guarded:
+                self._offer(kept)
+            self.guarded.clear()
+            self._make_room(position, problem.room[position], release)
         return now + problem.seconds[position]
 
     def _prefetch(self, position: int, begin: float, release: list[int], fetch: list[int]) -> bool:
-        """Fetch the segment missing soonest, if all that is needed before it can stay."""
+        """Fetch the segment missing soonest, if all that is needed before it can stay, and what is
+        kept."""
         segment, elapsed = self._missing(position), self.problem.elapsed
         if segment < 0 or elapsed[self.cursor[0]] - elapsed[position + 1] > self.lead:
             return False
         room = self.problem.room[position] - self.problem.sizes[segment]
-        self._make_room(self.cursor[0], room, release)
+        if not self._make_room(self.cursor[0], room, release):
+            return False
         self._fetch(segment, begin, fetch)
         self.fresh[segment] = True
         return True
@@ -119,13 +135,14 @@ class Forward:
         self.held += self.problem.sizes[segment]
         fetch.append(segment)
 
-    def _make_room(self, least: int, target: int, release: list[int]) -> None:
-        """Release segments next used after ``least``, so that at most ``target`` stay."""
+    def _make_room(self, least: int, target: int, release: list[int]) -> bool:
+        """Release segments next used after ``least``, so that at most ``target`` stay; False, and
+        nothing is done, if there are not enough."""
         if self.held <= target:
-            return
+            return True
         sizes, upcoming, chosen, spared = self.problem.sizes, self.upcoming, [], []
         excess = self.held - target
-        while excess > 0:
+        while excess > 0 and self.victims:
             entry = heappop(self.victims)
             when, segment = -entry[1], entry[2]
             if not self.present[segment] or upcoming[segment] != when:
@@ -135,14 +152,16 @@ class Forward:
                 continue
             chosen.append(entry)
             excess -= sizes[segment]
+        is_enough = excess <= 0
         for entry in reversed(chosen):
-            if sizes[entry[2]] <= -excess:  # the others are enough
+            if sizes[entry[2]] <= -excess or not is_enough:  # the others are enough
                 excess += sizes[entry[2]]
                 spared.append(entry)
             else:
                 self._release(entry[2], release)
         for entry in spared:
             heappush(self.victims, entry)
+        return is_enough
 
     def _release(self, segment: int, release: list[int]) -> None:
         self.present[segment] = False
@@ -154,7 +173,11 @@ class Forward:
         for segment, later in zip(self.problem.needs[position], self.after[position], strict=True):
             self.upcoming[segment] = later
             self.fresh[segment] = False
-            self._offer(segment)
+            if later - position < self.kept.get(segment, 0):
+                self.guarded.add(segment)
+            else:
+                self.guarded.discard(segment)
+                self._offer(segment)
 
     def _offer(self, segment: int) -> None:
         """Make ``segment`` a victim, in the order of its next use."""

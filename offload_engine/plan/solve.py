@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from math import inf
+from typing import NamedTuple
 
 from .bound import remaining_bounds
 from .clock import Draft, fetched_size, settle
 from .cycle import closed, turned
 from .greedy import Forward
+from .kept import kept_segments
 from .problem import Problem, rotated, unrolled
 from .search import NARROW, WIDE, Beam, Search
 from .tidy import tidy, without_waste
 
+
+class Rule(NamedTuple):
+    """A forward pass to try."""
+
+    share: float  # of the room, for what is kept; in cycles only
+    lead: float  # as a part of the time to copy everything once
+    bulk: float = 0.0
+
+
 _RULES = (
-    (0, inf),
-    (0, 0.25),
-    (0, 0.06),
-    (0, 0.03),
-    (1, inf),
-    (0.5, inf),
-    (-0.5, inf),
-    (2, inf),
-    (-1, inf),
+    Rule(0, inf),
+    Rule(0.85, inf),
+    Rule(0.7, 0.06),
+    Rule(0.85, 0.015),
+    Rule(0, 0.06),
+    Rule(1, 0),
+    Rule(0.7, 0.015),
+    Rule(0, 0.015),
+    Rule(0.7, inf),
+    Rule(0.85, 0.06),
+    Rule(0, 0.25),
+    Rule(0, 0.03),
+    Rule(0.95, inf),
+    Rule(0.5, 0.03),
+    Rule(0, inf, 1),
+    Rule(0, inf, 0.5),
+    Rule(0, inf, -0.5),
+    Rule(0, inf, 2),
+    Rule(0, inf, -1),
 )
-"""Forward passes to try: bulk, and lead as a part of the time to copy everything once."""
-_FIRST_RULES = 4  # tried even if one takes as long as the bound: another may fetch less
+_FIRST_RULES = 14  # tried even if one takes as long as the bound: another may fetch less
+_FIRST_RULES_ONCE = 4
 _MOST_USES_TRIED = 30_000  # of all forward passes together
-_MOST_DRAFTS = 4  # to tidy, beside the fastest
+_MOST_DRAFTS = 12  # to tidy, beside the fastest
 _CLOSE = 1 + 1e-9
 _AS_GOOD = 1 + 2e-3  # for a big problem, where bytes can count more than that
-_NEARLY = 1.03  # as slow may a draft be that is tidied
+_SLOWEST = 1.04  # times the bound, to fetch less
+_THRIFT = 0.25  # so many percent of time are as bad as a percent of bytes
 
 _WHOLE_TREE = 2_500  # uses times segments, up to which the search may be exact
 _MOST_EFFORT = 1_000_000  # of all searches together
@@ -77,28 +100,43 @@ class Best:
     def tidiest(self) -> Draft:
         """Of the drafts, tidied, the one that fetches least among those as good as the fastest.
 
-        Tidying can also make a draft faster: so some are tried that are a little slower as yet.
+        A big problem is not solved exactly, and there a little time is given for fewer bytes: the
+        best is the least of seconds * bytes ** `_THRIFT`, not far above the bound.
         """
         problem = self.problem
-        is_exact = _size(problem) <= _WHOLE_TREE
-        limit = self.seconds * (_CLOSE if is_exact else _NEARLY)
-        drafts = [entry for entry in self.drafts if entry[0] <= limit]
-        thriftiest = sorted(drafts, key=lambda entry: fetched_size(problem, entry[1]))
-        chosen = thriftiest[:_MOST_DRAFTS] + sorted(drafts, key=lambda entry: entry[0])[:1]
-        tidied = [tidy(problem, draft) for _, draft in chosen]
-        timed = [(settle(problem, draft)[0], draft) for draft in tidied]
-        limit = min(seconds for seconds, _ in timed) * (_CLOSE if is_exact else _AS_GOOD)
-        good = [draft for seconds, draft in timed if seconds <= limit]
-        return min(good, key=lambda draft: fetched_size(problem, draft))
+        if _size(problem) <= _WHOLE_TREE:
+            drafts = [entry for entry in self.drafts if entry[0] <= self.seconds * _CLOSE]
+            timed = self._tidied(sorted(drafts, key=self._thrift)[:_MOST_DRAFTS])
+            limit = min(seconds for seconds, _ in timed) * _CLOSE
+            return min((entry for entry in timed if entry[0] <= limit), key=self._thrift)[1]
+        drafts = sorted(self.drafts, key=self._cost)[:_MOST_DRAFTS]
+        timed = self._tidied([*drafts, min(self.drafts, key=lambda entry: entry[0])])
+        fastest = min(seconds for seconds, _ in timed)
+        limit = max(fastest * _AS_GOOD, self.bound * _SLOWEST)
+        return min((entry for entry in timed if entry[0] <= limit), key=self._cost)[1]
+
+    def _tidied(self, drafts: Sequence[tuple[float, Draft]]) -> list[tuple[float, Draft]]:
+        tidied = [tidy(self.problem, draft) for _, draft in drafts]
+        return [(settle(self.problem, draft)[0], draft) for draft in tidied]
+
+    def _thrift(self, entry: tuple[float, Draft]) -> int:
+        return fetched_size(self.problem, entry[1])
+
+    def _cost(self, entry: tuple[float, Draft]) -> tuple[float, float]:
+        seconds, draft = entry
+        return seconds * float(fetched_size(self.problem, draft)) ** _THRIFT, seconds
 
 
 def _once(problem: Problem) -> Best:
     """Drafts for uses that run once."""
     bounds = remaining_bounds(problem)
     best = Best(problem, bounds.from_boundary[0])
-    for number, forward in enumerate(_forwards(problem)):
-        if number >= _FIRST_RULES and best.is_proven:
+    once = sum(problem.copy_seconds)
+    rules = [rule for rule in _RULES if not rule.share]
+    for number, rule in enumerate(rules[: _most_rules(problem)]):
+        if number >= _FIRST_RULES_ONCE and best.is_proven:
             break
+        forward = Forward(problem, rule.bulk, rule.lead * once)
         best.offer(without_waste(problem, forward.draft()))
     search, left = Search(problem, bounds), _MOST_EFFORT
     for beam in [] if best.is_proven else _beams(problem):
@@ -117,10 +155,14 @@ def _steady(problem: Problem) -> Best:
     rounds = _ROUNDS if problem.length <= _LONG else _FEW_ROUNDS
     rolled = unrolled(problem, rounds)
     best = Best(problem, _steady_bound(rolled, rounds))
-    for number, forward in enumerate(_forwards(rolled)):
+    once = sum(problem.copy_seconds)
+    kept: dict[float, dict[int, float]] = {0: {}}
+    for number, rule in enumerate(_RULES[: _most_rules(problem)]):
         if number >= _FIRST_RULES and best.is_proven:
             break
-        draft = forward.draft()
+        if rule.share not in kept:
+            kept[rule.share] = kept_segments(problem, rule.share)
+        draft = Forward(rolled, rule.bulk, rule.lead * once, kept[rule.share]).draft()
         for turn in range(1, rounds - 1):
             best.offer(closed(problem, draft, turn))
     if not best.is_proven:
@@ -128,11 +170,9 @@ def _steady(problem: Problem) -> Best:
     return best
 
 
-def _forwards(problem: Problem) -> list[Forward]:
-    """The forward passes to try, fewer for long problems."""
-    rules = _RULES[: max(1, _MOST_USES_TRIED // problem.length)]
-    once = sum(problem.copy_seconds)
-    return [Forward(problem, bulk, lead * once) for bulk, lead in rules]
+def _most_rules(problem: Problem) -> int:
+    """How many forward passes to try, fewer for long problems."""
+    return max(1, _MOST_USES_TRIED // problem.length)
 
 
 def _beams(problem: Problem) -> list[Beam]:

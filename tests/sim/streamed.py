@@ -25,8 +25,10 @@ class Block(nn.Module):
 
     def __init__(self, nbytes, seconds=0.0, scratch=0):
         super().__init__()
-        hidden = max(1, (nbytes - 4 * WIDTH) // _NBYTES)
-        self.up, self.down = nn.Linear(WIDTH, hidden), nn.Linear(hidden, WIDTH)
+        hidden = max(2, (nbytes - 2 * 4 * WIDTH) // _NBYTES)
+        half = hidden // 2
+        self.up, self.down = nn.Linear(WIDTH, half), nn.Linear(half, WIDTH)
+        self.up_2, self.down_2 = nn.Linear(WIDTH, hidden - half), nn.Linear(hidden - half, WIDTH)
         self.seconds, self.scratch = seconds, scratch
         self.on_forward = None
 
@@ -36,7 +38,8 @@ class Block(nn.Module):
         if self.seconds:
             sim.spend(self.seconds)
         scratch = x.new_zeros(self.scratch)
-        return torch.tanh(x + self.down(self.up(x))) + scratch.sum()
+        x = x + self.down(self.up(x)) + self.down_2(self.up_2(x))
+        return torch.tanh(x) + scratch.sum()
 
 
 class Stack(nn.Module):

@@ -1,12 +1,25 @@
 """How good plans and bounds are: against the optimum where it can be found, else the bound."""
 
+import math
 import statistics
 import time
 
 import pytest
 
-from benchmarks.instances import GIB, MIB, Instance, anything, denoiser, flux, optimum
+from benchmarks.instances import (
+    GIB,
+    MIB,
+    Instance,
+    anything,
+    cut,
+    denoiser,
+    flux,
+    least_nbytes,
+    optimum,
+)
 from offload_engine.plan import Use, build_plan
+from offload_engine.plan.kept import kept_segments
+from offload_engine.plan.problem import read_problem
 
 from .test_plan import plan_of
 from .test_plan_referee import replay
@@ -50,6 +63,22 @@ def test_without_a_search_bounds_still_hold_and_are_near(monkeypatch):
     assert statistics.mean(above) <= 0.01 and statistics.mean(proven) >= 0.97
 
 
+@pytest.mark.parametrize("family", [denoiser, anything])
+def test_bounds_hold_for_segments_in_parts_that_are_used_together(family, monkeypatch):
+    monkeypatch.setattr("offload_engine.plan.solve._beams", lambda problem: [])
+    proven = []
+    for seed in range(150):
+        instance = cut(family(seed), 2)
+        if any(nbytes <= 0 for nbytes in instance.nbytes.values()) or len(instance.nbytes) > 12:
+            continue
+        plan, best = plan_of(instance), optimum(instance)
+        assert_replays(plan, instance)
+        assert plan.bound_seconds <= best * (1 + REL), seed
+        if best > 0:
+            proven.append(plan.bound_seconds / best)
+    assert len(proven) > 50 and statistics.mean(proven) >= 0.95
+
+
 def test_small_cycles_are_as_fast_as_many_rounds_in_one_plan():
     proven = []
     for seed in range(60):
@@ -75,6 +104,33 @@ def test_flux_is_within_five_percent_of_its_bound_in_seconds(gib, bandwidth, ste
         assert_replays(plan, instance, cyclic)
         assert plan.seconds <= plan.bound_seconds * 1.05
         assert seconds < (3 if cyclic else 1)
+
+
+@pytest.mark.parametrize("gib", [12, 16, 20, 24])
+@pytest.mark.parametrize("bandwidth", [23.9e9, 12e9, 4e9])
+def test_flux_in_parts_is_as_fast_as_can_be_and_copies_little_more_than_it_must(gib, bandwidth):
+    whole = flux(budget=gib * GIB, bandwidth=bandwidth, step_seconds=0.6)
+    instance = cut(whole, 4, lambda name: "." in name or name == "text_encoder_2")
+    plan = plan_of(instance, cyclic=True)
+    assert_replays(plan, instance, cyclic=True)
+    assert plan.seconds <= plan.bound_seconds * 1.04
+    assert plan.fetched_nbytes <= 1.1 * least_nbytes(plan)
+
+
+def test_what_a_cycle_keeps_leaves_room_for_every_use():
+    instance = cut(flux(budget=16 * GIB, bandwidth=24e9, step_seconds=0.6, steps=3), 3)
+    problem = read_problem(
+        instance.nbytes, instance.uses, instance.budget, instance.bandwidth, (), True
+    )
+    kept = kept_segments(problem, 1)
+    always = {segment for segment, uses in kept.items() if uses == math.inf}
+    for position, needed in enumerate(problem.needs):
+        there = always.union(needed)
+        for segment in kept.keys() - there:  # in a loop, or the long gap before the next call
+            used = [at for at, use in enumerate(problem.needs) if segment in use]
+            there |= {segment} if used[0] < position < used[-1] else set()
+        assert sum(problem.sizes[segment] for segment in there) <= problem.room[position]
+    assert kept.keys() - always, "the decoder needs the room that the loop could use"
 
 
 def test_flux_at_a_budget_with_room_to_spare_moves_little_more_than_it_must():
