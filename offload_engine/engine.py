@@ -293,7 +293,10 @@ class Engine:
         try:
             if not self._attached:
                 return
-            if self.vram_nbytes is None or isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, torch.OutOfMemoryError):
+                walker.release_all()
+                residency.release_idle_others()
+            elif self.vram_nbytes is None:
                 walker.release_all()
             elif error is None and not self._calls:
                 self._settle(nbytes_on(result, self.device))

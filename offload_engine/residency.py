@@ -707,6 +707,10 @@ class Residency:
         for other in self.resident:
             if other not in needed:
                 self.release(other)
+        self.release_idle_others()
+
+    def release_idle_others(self) -> None:
+        """Releases what other pipelines keep on the device between their calls."""
         for idle in [r for r in _residencies if r is not self and r.device == self.device]:
             idle.release_if_idle()
 
