@@ -131,9 +131,25 @@ class Forecast:
         )
         return Forecast(self.pattern, self.steps, costs)
 
-    def is_like(self, other: Forecast, spare_nbytes: float, tolerance: float) -> bool:
+    def room_nbytes(self, plan: Plan, steps: int | None) -> list[int]:
+        """For each place, by how much the workspace may grow within ``plan``, which was made for a
+        call with ``steps``."""
+        room = [plan.budget_nbytes] * len(self.costs)
+        leaves = self._pattern_for(steps).leaves
+        for leaf, use, held in zip(leaves, plan.uses, plan.held_nbytes, strict=True):
+            room[leaf] = min(room[leaf], plan.budget_nbytes - held - use.workspace_nbytes)
+        return room
+
+    def is_like(
+        self,
+        other: Forecast,
+        spare_nbytes: float,
+        tolerance: float,
+        room_nbytes: Seq[int] = (),
+    ) -> bool:
         """Whether a plan made for ``other`` serves this one as well: its seconds differ by no more
-        than ``tolerance``, and a new one would have less than ``spare_nbytes`` of room more."""
+        than ``tolerance``, no workspace is larger by more than there is room (``room_nbytes``; none
+        by default), and a new one would have less than ``spare_nbytes`` of room more."""
         if (self.pattern, self.steps) != (other.pattern, other.steps):
             return False
         mine, theirs = self.expect(None).seconds, other.expect(None).seconds
@@ -143,7 +159,10 @@ class Forecast:
         return (
             change <= tolerance * sum(mine)
             and spared <= spare_nbytes
-            and all(a.workspace_nbytes <= b.workspace_nbytes and a.work <= b.work for a, b in pairs)
+            and all(
+                a.workspace_nbytes <= b.workspace_nbytes + room and a.work <= b.work
+                for (a, b), room in zip(pairs, room_nbytes or repeat(0), strict=False)
+            )
         )
 
     def expect(self, steps: int | None) -> Expected:

@@ -30,6 +30,7 @@ class Guide(Protocol):
 
     watches_forwards: bool  # whether it wants to see every forward, not only the switches
     samples: bool  # whether it wants to know what they allocate
+    tells_ways_apart: bool  # whether a unit that is entered by another method has more work to it
     is_still: bool  # whether it moves nothing any more: then each unit need enter only once
 
     def enter(self, name: str, work: int, here: Mapping[str, int], needs: Seq[str] = ()) -> Move:
@@ -43,7 +44,7 @@ class Guide(Protocol):
 class Chain:
     """Chain mode's first call: what the cursor keeps, nothing else."""
 
-    is_still = False
+    tells_ways_apart = is_still = False
 
     def __init__(self, cursor: Cursor, *, watches_forwards: bool = False) -> None:
         self.cursor = cursor
@@ -67,7 +68,7 @@ class Careful:
     """Inside a budget, with workspaces that are not known: a unit that was not measured yet runs
     alone; beside one that was, others stay while there is room."""
 
-    watches_forwards, samples, is_still = True, True, False
+    watches_forwards, samples, tells_ways_apart, is_still = True, True, True, False
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class Planned:
     plan at all, another guide decides.
     """
 
-    watches_forwards = samples = False
+    tells_ways_apart = False
 
     def __init__(
         self,
@@ -131,6 +132,7 @@ class Planned:
         chain mode the unit behind each segment of the plan; then a segment that is not needed
         again is released, room or no room. ``forwards``: of each use, where that is known."""
         self.plan = plan
+        self.watches_forwards = self.samples = False
         self.follower = Follower(trace)
         self.is_still = not any(step.release or step.fetch for step in plan.steps)
         self.surprised = False  # the call did what the plan does not know

@@ -108,10 +108,9 @@ class Walker:
             return False
         if self.guide.watches_forwards:
             mark.forwards += 1
-            return True
         with self.residency.lock:
             self.residency.queue_part()
-            if not self.residency.has_more:
+            if not (self.guide.watches_forwards or self.residency.has_more):
                 self.opened.append(unit)
                 unit.open_on = self.stream
         return True
@@ -126,7 +125,7 @@ class Walker:
         needs = [other.name for other in unit.needs]
         whole = (unit, *unit.parts)
         is_other = any(each.nbytes != self.sizes.get(each.name, each.nbytes) for each in whole)
-        is_new_way = guide.samples and (unit.name, way) not in meter.ways
+        is_new_way = guide.tells_ways_apart and (unit.name, way) not in meter.ways
         meter.ways.add((unit.name, way))
         asked = _UNKNOWN if is_other or is_new_way else work
         late = residency.enter(unit, guide.enter(unit.name, asked, here, needs))

@@ -45,9 +45,11 @@ class Planner:
         self._planned_calls = 0  # in a row, that went as planned
         self._was_interrupted = False  # the last call, by one of another pipeline
         self._saw_no_peak = False  # in chain mode, the last call that was measured
+        self._cached_beside: int | None = None  # on the device before a call that cached much there
         self._last_still: Meter | None = None
         self._asked: _Asked | None = None  # what a plan was made for last
         self._answer: Plan | None = None  # that plan, if there can be one
+        self._room_nbytes: list[int] = []  # by which workspaces may grow within it
         self._last: tuple[Guide, Meter, deque[Event], frozenset[str]] | None = None
 
     def guide(
@@ -86,6 +88,8 @@ class Planner:
                 expected.forwards,
             )
             guide.is_still = guide.is_still and is_confirmed
+            measures = self._cached_much(meter.outside_nbytes) and not guide.is_still
+            guide.samples = guide.watches_forwards = measures
             return guide
         by_hand = self.guide_by_hand(chain, units, meter)
         by_hand.samples = by_hand.samples or self._saw_no_peak
@@ -112,9 +116,16 @@ class Planner:
 
     def prepare(self, units: Collection[Unit], outside_nbytes: int) -> Plan | None:
         """The plan for the next call, if it is to be like the last one."""
-        if self._last is not None and not _went_as_planned(self._last[0]):
-            self._study()
-        self._make_plan(units, self._steps, self.normal(outside_nbytes))
+        outside_nbytes = self.normal(outside_nbytes)
+        if self._last is not None:
+            guide, meter, _, _ = self._last
+            self._cached_beside = meter.outside_nbytes
+            if not self._cached_much(outside_nbytes):
+                self._cached_beside = None
+            # What it changes in the plan is prepared for now, rather than waited for in the next.
+            if guide.samples or not _went_as_planned(guide) or _has_ended(meter):
+                self._study()
+        self._make_plan(units, self._steps, outside_nbytes)
         return self.plan
 
     def ran_out(self, meter: Meter) -> None:
@@ -167,6 +178,16 @@ class Planner:
         assert self.vram_nbytes is not None
         return max(1, self.vram_nbytes - max(0, outside_nbytes - self.outside_nbytes))
 
+    def _cached_much(self, outside_nbytes: int) -> bool:
+        """Whether a call has left much on the device, such as caches of the pipeline.
+
+        That call measured them as workspace, and now they are in ``outside_nbytes``, too: the next
+        one is to be measured anew.
+        """
+        if self._cached_beside is None:
+            return False
+        return outside_nbytes - self._cached_beside > _SPARE * self._budget(outside_nbytes)
+
     def _is_confirmed(self) -> bool:
         """Whether the last call, if nothing moved in it, took as long as its plan says; if not,
         the next one is to be measured use by use."""
@@ -181,7 +202,7 @@ class Planner:
 
     def _study(self) -> None:
         """Reads what the last call measured. Waits for its end on the device, unless it went as
-        planned: then there is no need to know."""
+        planned and nothing was to be measured anew: then there is no need to know."""
         if self._last is None:
             return
         guide, meter, log, units = self._last
@@ -190,7 +211,7 @@ class Planner:
         if not all(mark.unit in units for mark in meter.marks) or ended is None:
             return
         if not ended.query():
-            if _went_as_planned(guide):
+            if _went_as_planned(guide) and not guide.samples:
                 return
             ended.synchronize()
         self._planned_calls = self._planned_calls + 1 if _went_as_planned(guide) else 0
@@ -238,8 +259,10 @@ class Planner:
         budget = self._chain_peak_nbytes if is_chain else self._budget(outside_nbytes)
         asked = _Asked(forecast, steps, budget, self._bandwidth, nbytes)
         tolerance = _AS_BEFORE if self._planned_calls > 1 else _AS_IN_FIRST
-        if self._asked is None or not self._asked.is_like(asked, tolerance):
+        if self._asked is None or not self._asked.is_like(asked, tolerance, self._room_nbytes):
             self._asked, self._answer = asked, self._plan_for(asked, needs)
+            answer = self._answer
+            self._room_nbytes = [] if answer is None else forecast.room_nbytes(answer, steps)
         self.plan = self._answer
 
     def _plan_for(self, asked: _Asked, needs: Mapping[str, Seq[str]]) -> Plan | None:
@@ -273,10 +296,12 @@ class _Asked(NamedTuple):
     bandwidth: float
     nbytes: dict[str, int]
 
-    def is_like(self, now: _Asked, tolerance: float) -> bool:
-        """Whether the plan for this serves ``now`` as well."""
+    def is_like(self, now: _Asked, tolerance: float, room_nbytes: Seq[int]) -> bool:
+        """Whether the plan for this serves ``now`` as well; it has ``room_nbytes`` more for
+        workspaces."""
+        spare = _SPARE * now.budget_nbytes
         return (
-            now.forecast.is_like(self.forecast, _SPARE * now.budget_nbytes, tolerance)
+            now.forecast.is_like(self.forecast, spare, tolerance, room_nbytes)
             and now.steps == self.steps
             and self.budget_nbytes <= now.budget_nbytes <= self.budget_nbytes * (1 + _SPARE)
             and now.nbytes == self.nbytes
@@ -300,6 +325,12 @@ def opening(plan: Plan) -> tuple[list[str], float]:
     order = [name for name in plan.resident if name not in fetched] + [*dict.fromkeys(fetched)]
     ends = [span.stop_seconds for span in plan.timeline if span.kind == "copy"]
     return order, max(0.0, max(ends, default=0.0) - plan.seconds) * plan.bandwidth
+
+
+def _has_ended(meter: Meter) -> bool:
+    """Whether the device is done with the call."""
+    ended = meter.marks[-1].ended if meter.marks else None
+    return ended is not None and ended.query()
 
 
 def _went_as_planned(guide: Guide) -> bool:

@@ -14,13 +14,16 @@ import pytest
 import torch
 
 import offload_engine
+from benchmarks import streaming
 from benchmarks.instances import least_nbytes
 from benchmarks.pipelines import PIPELINES
 from offload_engine import sim
+from offload_engine.forecast import Expected
 from offload_engine.residency import Residency
 
 from .miniature import measured, unoffloaded
 from .streamed import (
+    LINK,
     SHAPES,
     SMALL,
     check,
@@ -58,6 +61,80 @@ def test_flux_runs_on_a_third_of_its_weights_bit_identical(sim_device):
             copied = call.moved.h2d_nbytes - expected.moved.h2d_nbytes
             assert abs(copied - engine.plan.fetched_nbytes) <= 16  # split at whole bytes
     assert any(use.segments[-1].startswith("transformer.") for use in engine.plan.uses)
+
+
+@pytest.fixture
+def plans_made(monkeypatch):
+    """One entry for each plan that was asked for."""
+    asked, plan = [], Expected.plan
+    monkeypatch.setattr(
+        Expected, "plan", lambda *args, **more: asked.append(1) or plan(*args, **more)
+    )
+    return asked
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_the_few_bytes_that_schedulers_leave_ask_for_no_new_plan(sim_device, plans_made, name):
+    bandwidth, expected, peak, weights = streaming._without_offload(name)
+    case, pipe = PIPELINES[name], PIPELINES[name].build("tiny")
+    with offload_engine.attach(pipe, case.seq, vram=peak - weights // 2) as engine:
+        sim.configure(h2d_bandwidth=bandwidth)
+        for number in range(6):
+            if number in (0, 2):  # from here on a larger peak tells a workspace to the byte
+                torch.accelerator.reset_peak_memory_stats()
+            call, report = measured(lambda: case.run(pipe, streaming.STEPS)), engine.report()
+            assert torch.equal(call.output, expected)
+            if number:
+                assert report.seconds == pytest.approx(report.predicted_seconds, rel=0.02)
+    assert len(plans_made) == 1
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen"])
+def test_a_new_plan_is_prepared_at_the_end_of_the_call_that_asks_for_it(sim_device, name):
+    """The first call warms up, so the second tells other seconds: the third has another plan, and
+    finds on the device what that begins with."""
+    shape, x = SHAPES[name], noise()
+    pipe = shape.build()
+    with streamed(pipe, 0.5) as engine:
+        pipe(x, num_inference_steps=shape.steps, on_step=lambda pipe, step: sim.spend(0.3))
+        first = engine.plan
+        for _ in range(2):
+            call = measured(lambda: pipe(x, num_inference_steps=shape.steps))
+        assert engine._planner.plan_of_last_call is not first
+        assert call.seconds == pytest.approx(engine.report().predicted_seconds, rel=0.01)
+
+
+def test_what_a_first_call_caches_on_the_device_is_counted_once(sim_device, plans_made):
+    """It is measured as workspace there, and later on the device before the call begins."""
+
+    def cache(pipe, step):
+        if "cached" not in vars(pipe):
+            pipe.cached = torch.zeros(cached_nbytes, dtype=torch.uint8, device=sim_device)
+
+    x, plans = noise(), []
+    for is_early in (False, True):
+        pipe = SMALL.build()
+        cached_nbytes, budget = weights_nbytes(pipe) // 8, weights_nbytes(pipe) * 5 // 8
+        if is_early:
+            cache(pipe, 0)
+        vram = budget - cached_nbytes if is_early else budget
+        with offload_engine.attach(pipe, vram=vram) as engine:
+            sim.configure(h2d_bandwidth=LINK, pageable_bandwidth=LINK)
+            pipe(x, on_step=cache)
+            pipe(x, on_step=cache)
+            plans.append(engine.plan)
+            plans_made.clear()
+            for _ in range(3):
+                pipe(x, on_step=cache)
+                report = engine.report()
+                assert report.seconds == pytest.approx(report.predicted_seconds, rel=0.02)
+            assert not plans_made
+        del pipe
+    late, early = plans
+    assert late.budget_nbytes == early.budget_nbytes
+    workspaces = [[use.workspace_nbytes for use in plan.uses] for plan in plans]
+    assert workspaces[0] == workspaces[1]
+    assert late.seconds == pytest.approx(early.seconds, rel=0.001)
 
 
 def test_copies_that_are_all_queued_at_once_delay_the_pipelines_own(sim_device, monkeypatch):

@@ -284,8 +284,8 @@ def test_a_call_that_the_pattern_does_not_explain_makes_a_new_one():
 # ---- is it as before?
 
 
-def is_like(one, other, spare_nbytes=0, tolerance=0.02):
-    return one.is_like(other, spare_nbytes, tolerance)
+def is_like(one, other, spare_nbytes=0, tolerance=0.02, room_nbytes=()):
+    return one.is_like(other, spare_nbytes, tolerance, room_nbytes)
 
 
 def test_a_forecast_is_like_itself_and_like_one_a_little_slower():
@@ -311,6 +311,18 @@ def test_less_memory_is_alike_until_there_is_something_to_gain():
     assert is_like(less, forecast, 10) and is_like(less, forecast, 50)
     assert not is_like(less, forecast, 9)
     assert not is_like(forecast, less, 50)
+
+
+def test_more_memory_is_alike_while_the_plan_has_room_for_it():
+    forecast = after([use("te", workspace=5), *[use("unet", workspace=100)] * 3])
+    nbytes = {"te": 10, "unet": 40}
+    plan = forecast.expect(None).plan(nbytes, budget_nbytes=160, bandwidth=1.0, cyclic=True)
+    room = forecast.room_nbytes(plan, None)
+    assert room == [160 - 50 - 5, 160 - 50 - 100]
+    for more, is_alike in ((10, True), (11, False)):
+        now = after([use("te", workspace=5), *[use("unet", workspace=100 + more)] * 3])
+        assert is_like(now, forecast, room_nbytes=room) == is_alike
+        assert not is_like(now, forecast)
 
 
 # ---- the plan for it
