@@ -16,11 +16,15 @@ from typing import Any
 from offload_engine.plan import Plan, Use, build_plan
 
 from .children import write_result
-from .instances import GIB, MIB, Instance, anything, denoiser, flux, least_nbytes, optimum
+from .instances import GIB, MIB, Instance, anything, cut, denoiser, flux, least_nbytes, optimum
+from .least import HAS_SCIPY, fewest_nbytes
 from .provenance import provenance
+from .shapes import SHAPES
 from .tables import table
 
 _LINKS = {"RTX 4090": (23.9e9, 0.6), "H200": (52e9, 0.24)}  # bytes per second, seconds per step
+_PARTS = 4  # of a block, as the engine cuts it
+_SHARES = (0.25, 0.35, 0.5, 0.7, 0.9)
 _SLOW = {f"{gb} GB/s, 0.6 s a step": (gb * 1e9, 0.6) for gb in (4, 8, 12)}
 
 
@@ -66,15 +70,17 @@ def image(steps: int, links: dict[str, tuple[float, float]]) -> list[dict[str, A
     rows = []
     for machine, (bandwidth, step_seconds) in links.items():
         for gib in (12, 16, 20, 24):
-            for cyclic in (False, True):
+            for parts, cyclic in ((1, False), (1, True), (_PARTS, True)):
                 instance = flux(
                     budget=gib * GIB, bandwidth=bandwidth, step_seconds=step_seconds, steps=steps
                 )
+                instance = cut(instance, parts, lambda name: "." in name or name[-1] == "2")
                 plan, spent = timed_plan(instance, cyclic)
                 rows.append(
                     {
                         "FLUX.1 on": machine,
                         "GiB": gib,
+                        "parts": parts,
                         "cyclic": "yes" if cyclic else "once",
                         "seconds": round(plan.seconds, 3),
                         "stall": round(plan.stall_seconds, 3),
@@ -87,6 +93,32 @@ def image(steps: int, links: dict[str, tuple[float, float]]) -> list[dict[str, A
                         "plan s": round(spent, 2),
                     }
                 )
+    return rows
+
+
+def models() -> list[dict[str, Any]]:
+    """Pipelines of the proportions of real models under budgets, as steady cycles; bytes against
+    what Belady's rule would fetch, and what any cycle within 1.05 of the bound has to."""
+    rows = []
+    for name, shape in SHAPES.items():
+        for share in _SHARES:
+            whole = shape.instance(share)
+            instance = cut(whole, _PARTS, lambda name: ".row_" in name)
+            plan, spent = timed_plan(instance, cyclic=True)
+            least = least_nbytes(plan)
+            fewest = fewest_nbytes(whole, 1.05 * plan.bound_seconds) if HAS_SCIPY else None
+            rows.append(
+                {
+                    "model": name,
+                    "budget %": round(100 * share),
+                    "seconds": round(plan.seconds, 3),
+                    "above bound %": round(100 * (plan.seconds / plan.bound_seconds - 1), 2),
+                    "fetched GB": round(plan.fetched_nbytes / 1e9, 1),
+                    "of the least": round(plan.fetched_nbytes / least, 3),
+                    "any within 1.05": None if fewest is None else round(fewest / least, 3),
+                    "plan s": round(spent, 2),
+                }
+            )
     return rows
 
 
@@ -124,6 +156,7 @@ def measure(quick: bool) -> dict[str, list[dict[str, Any]]]:
         "small": small(100 if quick else 1000),
         "flux": image(4 if quick else 28, _LINKS),
         "slow": image(4 if quick else 28, _SLOW),
+        "models": models(),
         "growth": growth(10**4 if quick else 10**5),
     }
 

@@ -20,40 +20,42 @@ from .tidy import tidy, without_waste
 class Rule(NamedTuple):
     """A forward pass to try."""
 
-    share: float  # of the room, for what is kept; in cycles only
-    lead: float  # as a part of the time to copy everything once
+    lead: float = inf  # as a part of the time to copy everything once
     bulk: float = 0.0
+    share: float = 0.0  # of the room, for what is kept; in cycles only
 
 
+_BULKY = tuple(Rule(bulk=bulk) for bulk in (1, 0.5, -0.5, 2, -1))
+_RULES_ONCE = (Rule(), Rule(0.25), Rule(0.06), Rule(0.03), *_BULKY)
 _RULES = (
-    Rule(0, inf),
-    Rule(0.85, inf),
-    Rule(0.7, 0.06),
-    Rule(0.85, 0.015),
-    Rule(0, 0.06),
-    Rule(1, 0),
-    Rule(0.7, 0.015),
-    Rule(0, 0.015),
-    Rule(0.7, inf),
-    Rule(0.85, 0.06),
-    Rule(0, 0.25),
-    Rule(0, 0.03),
-    Rule(0.95, inf),
-    Rule(0.5, 0.03),
-    Rule(0, inf, 1),
-    Rule(0, inf, 0.5),
-    Rule(0, inf, -0.5),
-    Rule(0, inf, 2),
-    Rule(0, inf, -1),
+    Rule(),
+    Rule(share=0.6),
+    Rule(0.12, share=0.95),
+    Rule(share=1),
+    Rule(0.25, share=0.7),
+    Rule(0.06),
+    Rule(share=0.85),
+    Rule(0.12, share=0.5),
+    Rule(0),
+    Rule(share=0.5),
+    Rule(0.25, share=0.8),
+    Rule(0.03),
+    Rule(0.06, share=0.7),
+    Rule(0.015),
+    Rule(0.015, share=0.7),
+    *_BULKY,
 )
-_FIRST_RULES = 14  # tried even if one takes as long as the bound: another may fetch less
-_FIRST_RULES_ONCE = 4
-_MOST_USES_TRIED = 30_000  # of all forward passes together
-_MOST_DRAFTS = 12  # to tidy, beside the fastest
+"""Of a grid of shares and leads, on the proportions of four models and FLUX.1 under many budgets:
+those that together lose least against the whole grid."""
+_FIRST_RULES_ONCE = 4  # tried even if one takes as long as the bound: another may fetch less
+_FIRST_RULES = 15
+_MOST_USES_TRIED = 16_000  # of all forward passes together
+_MOST_USES_TIDIED = 8_000
 _CLOSE = 1 + 1e-9
 _AS_GOOD = 1 + 2e-3  # for a big problem, where bytes can count more than that
-_SLOWEST = 1.04  # times the bound, to fetch less
 _THRIFT = 0.25  # so many percent of time are as bad as a percent of bytes
+_SLOWEST = 1.035  # times the bound, to fetch less
+_SLOWEST_YET = 1.06  # times the fastest, before it is tidied
 
 _WHOLE_TREE = 2_500  # uses times segments, up to which the search may be exact
 _MOST_EFFORT = 1_000_000  # of all searches together
@@ -84,11 +86,15 @@ class Best:
         self.bound = bound
         self.seconds = inf
         self.drafts: list[tuple[float, Draft]] = []
+        self._known: set[tuple[float, int]] = set()  # seconds and units fetched of each
 
     def offer(self, draft: Draft) -> None:
         seconds = settle(self.problem, draft)[0]
         self.seconds = min(seconds, self.seconds)
-        self.drafts.append((seconds, draft))
+        key = seconds, fetched_size(self.problem, draft)
+        if key not in self._known:
+            self._known.add(key)
+            self.drafts.append((seconds, draft))
 
     def raise_bound(self, bound: float) -> None:
         self.bound = max(self.bound, bound)
@@ -104,13 +110,17 @@ class Best:
         best is the least of seconds * bytes ** `_THRIFT`, not far above the bound.
         """
         problem = self.problem
+        most = _most(_MOST_USES_TIDIED, problem)
         if _size(problem) <= _WHOLE_TREE:
             drafts = [entry for entry in self.drafts if entry[0] <= self.seconds * _CLOSE]
-            timed = self._tidied(sorted(drafts, key=self._thrift)[:_MOST_DRAFTS])
+            timed = self._tidied(sorted(drafts, key=self._thrift)[:most])
             limit = min(seconds for seconds, _ in timed) * _CLOSE
             return min((entry for entry in timed if entry[0] <= limit), key=self._thrift)[1]
-        drafts = sorted(self.drafts, key=self._cost)[:_MOST_DRAFTS]
-        timed = self._tidied([*drafts, min(self.drafts, key=lambda entry: entry[0])])
+        limit = self.seconds * _SLOWEST_YET
+        drafts = [entry for entry in self.drafts if entry[0] <= limit]
+        timed = self._tidied(
+            [min(drafts, key=lambda entry: entry[0]), *sorted(drafts, key=self._cost)[:most]]
+        )
         fastest = min(seconds for seconds, _ in timed)
         limit = max(fastest * _AS_GOOD, self.bound * _SLOWEST)
         return min((entry for entry in timed if entry[0] <= limit), key=self._cost)[1]
@@ -132,8 +142,7 @@ def _once(problem: Problem) -> Best:
     bounds = remaining_bounds(problem)
     best = Best(problem, bounds.from_boundary[0])
     once = sum(problem.copy_seconds)
-    rules = [rule for rule in _RULES if not rule.share]
-    for number, rule in enumerate(rules[: _most_rules(problem)]):
+    for number, rule in enumerate(_RULES_ONCE[: _most(_MOST_USES_TRIED, problem)]):
         if number >= _FIRST_RULES_ONCE and best.is_proven:
             break
         forward = Forward(problem, rule.bulk, rule.lead * once)
@@ -157,7 +166,7 @@ def _steady(problem: Problem) -> Best:
     best = Best(problem, _steady_bound(rolled, rounds))
     once = sum(problem.copy_seconds)
     kept: dict[float, dict[int, float]] = {0: {}}
-    for number, rule in enumerate(_RULES[: _most_rules(problem)]):
+    for number, rule in enumerate(_RULES[: _most(_MOST_USES_TRIED, problem)]):
         if number >= _FIRST_RULES and best.is_proven:
             break
         if rule.share not in kept:
@@ -170,9 +179,9 @@ def _steady(problem: Problem) -> Best:
     return best
 
 
-def _most_rules(problem: Problem) -> int:
-    """How many forward passes to try, fewer for long problems."""
-    return max(1, _MOST_USES_TRIED // problem.length)
+def _most(uses: int, problem: Problem) -> int:
+    """How many passes over ``problem`` are ``uses`` altogether, at least one."""
+    return max(1, uses // problem.length)
 
 
 def _beams(problem: Problem) -> list[Beam]:

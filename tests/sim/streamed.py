@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from torch import nn
 
 import offload_engine
+from benchmarks import shapes
 from benchmarks.pipelines import flux
 from benchmarks.pipelines.case import finish, seeded
+from benchmarks.shapes import Row, Shape
 from offload_engine import sim
 
 WIDTH = 16  # of what flows from block to block
 _NBYTES = 4 * (2 * WIDTH + 1)  # of one hidden unit of a block
 GB = 50_000  # bytes that stand for 1e9: seconds are real ones, sizes are not
-LINK = 23.9 * GB  # bytes a second: an RTX 4090 with PCIe 4
+LINK = shapes.LINK * GB  # bytes a second
 
 
 class Block(nn.Module):
@@ -92,42 +93,20 @@ class Streamed(DiffusionPipeline):
         return x.cpu()
 
 
-class Row(NamedTuple):
-    """Blocks that are alike: how many, their GB, and their seconds."""
-
-    count: int
-    gb: float
-    seconds: float
-
-    def blocks(self, scratch):
-        return [Block(int(self.gb * GB), self.seconds, scratch) for _ in range(self.count)]
-
-
-class Shape(NamedTuple):
-    """A pipeline's proportions. GB and seconds are those of the real model on an RTX 4090, as far
-    as they are known."""
-
-    te: tuple[Row, ...]
-    transformer: tuple[Row, ...]
-    vae: tuple[Row, ...]
-    passes: int = 1
-    steps: int = 4
-    rest_gb: float = 0.1
-    scratch_gb: float = 0.3
-
-    def build(self, seed=0):
-        torch.manual_seed(seed)
-        scratch = int(self.scratch_gb * GB / 4)
-        parts = {
-            name: Stack(
-                {f"row_{i}": row.blocks(scratch) for i, row in enumerate(getattr(self, name))},
-                int(self.rest_gb * GB),
-            ).eval()
-            for name in ("te", "transformer", "vae")
+def build(shape, seed=0):
+    """A `Streamed` of the proportions of ``shape``."""
+    torch.manual_seed(seed)
+    scratch, rest = int(shape.scratch_gb * GB / 4), int(shape.rest_gb * GB)
+    parts = {}
+    for name in ("te", "transformer", "vae"):
+        rows = {
+            f"row_{i}": [Block(int(row.gb * GB), row.seconds, scratch) for _ in range(row.count)]
+            for i, row in enumerate(getattr(shape, name))
         }
-        pipe = Streamed(**parts)
-        pipe.passes = self.passes
-        return pipe
+        parts[name] = Stack(rows, rest).eval()
+    pipe = Streamed(**parts)
+    pipe.passes = shape.passes
+    return pipe
 
 
 def noise(rows=2):
@@ -139,46 +118,6 @@ def weights_nbytes(pipe):
     return sum(t.nbytes for part in parts for t in (*part.parameters(), *part.buffers()))
 
 
-SHAPES = {
-    # T5-XXL; 19 double and 38 single blocks: 12.9 and 10.8 GB, 0.2 and 0.4 s a step.
-    "flux": Shape(
-        te=(Row(24, 0.397, 0.004),),
-        transformer=(Row(19, 0.679, 0.0105), Row(38, 0.283, 0.0105)),
-        vae=(Row(4, 0.04, 0.075),),
-        steps=6,
-    ),
-    # UMT5-XXL; 40 blocks, 28 GB, 13 s a pass: the copies hide.
-    "wan": Shape(
-        te=(Row(24, 0.473, 0.007),),
-        transformer=(Row(40, 0.7, 0.325),),
-        vae=(Row(4, 0.12, 1.2),),
-        passes=2,
-        steps=2,
-    ),
-    # Qwen2.5-VL 7B; 60 blocks, 40.8 GB, 1.3 s a pass.
-    "qwen": Shape(
-        te=(Row(28, 0.575, 0.005),),
-        transformer=(Row(60, 0.68, 0.0217),),
-        vae=(Row(4, 0.06, 0.1),),
-        passes=2,
-        steps=2,
-    ),
-    # Two CLIPs; a UNet: 92 % of the bytes in three places, where 69 % of the time is spent.
-    "sdxl": Shape(
-        te=(Row(12, 0.01, 0.001), Row(32, 0.04, 0.001)),
-        transformer=(
-            Row(4, 0.05, 0.005),
-            Row(20, 0.078, 0.0014),
-            Row(10, 0.078, 0.0014),
-            Row(30, 0.078, 0.0014),
-            Row(4, 0.05, 0.005),
-        ),
-        vae=(Row(4, 0.04, 0.075),),
-        steps=3,
-        rest_gb=0.05,
-        scratch_gb=0.1,
-    ),
-}
 SMALL = Shape((Row(4, 0.4, 0.01),), (Row(8, 0.5, 0.02),), (Row(4, 0.1, 0.02),), scratch_gb=0.1)
 
 

@@ -21,6 +21,7 @@ from .streamed import (
     Block,
     Stack,
     Streamed,
+    build,
     check,
     deep_flux,
     noise,
@@ -221,7 +222,7 @@ BLOCKS = {ByMethod: OtherMethod, ByEntryMethod: Encoding}
 
 def special(kind):
     """`SMALL` with a transformer of another kind."""
-    pipe = SMALL.build()
+    pipe = build(SMALL)
     block = BLOCKS.get(kind, Block)
     row = [block(25_000, 0.02, 1000) for _ in range(8)]
     pipe.transformer = kind({"row_0": row}, 5000).eval()
@@ -268,7 +269,7 @@ def test_a_call_that_runs_other_blocks_than_the_one_before_is_right(sim_device, 
 
 def test_a_call_with_other_arguments_than_the_one_before_is_right(sim_device):
     """More steps, fewer steps, larger inputs: what the plan does not know."""
-    pipe = SMALL.build()
+    pipe = build(SMALL)
     calls = [(rows, steps) for rows in (2, 40) for steps in (4, 1, 7)]
     expected = {
         call: unoffloaded(pipe, noise(call[0]), num_inference_steps=call[1]) for call in calls
@@ -297,7 +298,7 @@ class Keeping(Streamed):
 
 @pytest.mark.parametrize("fraction", [0.4, 0.7])
 def test_what_a_step_keeps_for_the_next_counts_in_the_plan(sim_device, caplog, fraction):
-    small = SMALL.build()
+    small = build(SMALL)
     pipe, x = Keeping(small.te, small.transformer, small.vae), noise()
     expected = unoffloaded(pipe, x)
     engine = streamed(pipe, fraction)
@@ -335,7 +336,7 @@ class Editing(Streamed):
 
 
 def test_decoding_is_not_taken_for_the_encoding_before_it(sim_device, caplog):
-    small = SMALL.build()
+    small = build(SMALL)
     vae = TwoWays({"row_0": [Block(5000) for _ in range(4)]}, 5000).eval()
     pipe, x = Editing(small.te, small.transformer, vae), noise(4)
     expected = unoffloaded(pipe, x)
@@ -405,7 +406,7 @@ def test_the_repeated_blocks_of_flux_are_compiled_once_each(sim_device, fresh_dy
 def test_what_is_compiled_streams_and_is_compiled_a_few_times_only(
     sim_device, fresh_dynamo, what, backend, when
 ):
-    pipe, x = SMALL.build(), noise()
+    pipe, x = build(SMALL), noise()
     for part in (pipe.te, pipe.transformer, pipe.vae):
         for module in part.modules():
             module.seconds = 0.0  # dynamo cannot trace into the simulator

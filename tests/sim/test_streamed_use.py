@@ -18,7 +18,7 @@ from offload_engine.errors import ComponentError, OffloadError
 from offload_engine.plan import PlanError
 
 from .miniature import measured, unoffloaded, untouched
-from .streamed import SMALL, Block, check, noise, streamed, weights_nbytes
+from .streamed import SMALL, Block, build, check, noise, streamed, weights_nbytes
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("clean")
 
 
 def test_the_user_may_name_the_blocks(sim_device):
-    pipe, x = SMALL.build(), noise()
+    pipe, x = build(SMALL), noise()
     expected = unoffloaded(pipe, x)
     engine = streamed(pipe, blocks=["transformer.row_0", "vae.row_0.1", "vae.row_0.2"])
     names = [name for name in engine._residency.units if not name.startswith("te")]
@@ -44,7 +44,7 @@ def test_the_user_may_name_the_blocks(sim_device):
 
 
 def test_named_blocks_are_cut_even_where_everything_fits(sim_device):
-    pipe, x = SMALL.build(), noise()
+    pipe, x = build(SMALL), noise()
     expected = unoffloaded(pipe, x)
     with offload_engine.attach(pipe, vram="8GiB", blocks=["transformer.row_0"]) as engine:
         assert len([name for name in engine._residency.units if "/" not in name]) == 3 + 8
@@ -55,7 +55,7 @@ def test_named_blocks_are_cut_even_where_everything_fits(sim_device):
 
 
 def test_blocks_without_a_budget_are_refused(sim_device):
-    pipe = SMALL.build()
+    pipe = build(SMALL)
     with pytest.raises(OffloadError, match="give vram"):
         offload_engine.attach(pipe, blocks=["transformer.row_0"])
     assert untouched(pipe)
@@ -66,7 +66,7 @@ def test_blocks_without_a_budget_are_refused(sim_device):
     [("transformer.row_O", "'transformer.row_0'"), ("transfomer.row_0", "'transformer'")],
 )
 def test_a_block_that_does_not_exist_is_named_with_near_matches(sim_device, path, near):
-    pipe = SMALL.build()
+    pipe = build(SMALL)
     with pytest.raises(ComponentError, match=near) as error:
         streamed(pipe, blocks=["te.row_0", path])
     assert error.value.names == (path,)
@@ -74,7 +74,7 @@ def test_a_block_that_does_not_exist_is_named_with_near_matches(sim_device, path
 
 
 def test_a_budget_below_the_largest_block_is_refused_with_what_it_takes(sim_device):
-    pipe, pinned = SMALL.build(), sim.counters().pinned_nbytes
+    pipe, pinned = build(SMALL), sim.counters().pinned_nbytes
     with pytest.raises(PlanError) as error:
         offload_engine.attach(pipe, vram=20_000)
     needed = error.value.needed_nbytes
@@ -94,7 +94,7 @@ def test_a_budget_below_the_largest_block_is_refused_with_what_it_takes(sim_devi
 
 def test_the_smallest_budget_that_works_is_enough(sim_device):
     """The rest, one block and the activations: nothing is fetched ahead, everything runs."""
-    pipe, x = SMALL.build(), noise()
+    pipe, x = build(SMALL), noise()
     expected = unoffloaded(pipe, x)
     engine = offload_engine.attach(pipe, vram=50_000)
     torch.accelerator.reset_peak_memory_stats()
@@ -111,7 +111,7 @@ def test_the_smallest_budget_that_works_is_enough(sim_device):
 
 @pytest.mark.parametrize("first", [None, "8GiB"])
 def test_attaching_again_cuts_anew(sim_device, first):
-    pipe, x = SMALL.build(), noise()
+    pipe, x = build(SMALL), noise()
     expected = unoffloaded(pipe, x)
     offload_engine.attach(pipe, vram=first)
     pipe(x)
@@ -230,7 +230,7 @@ CHANGES = (
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_between_calls_is_seen_by_the_next(sim_device, change):
-    pipe, x = SMALL.build(), noise()
+    pipe, x = build(SMALL), noise()
     plain = copy.deepcopy(pipe)
     engine = streamed(pipe, 0.7)
     for _ in range(3):
@@ -258,7 +258,7 @@ IN_A_CALL = (change_in_place, change_by_data, replace_weights, load_weights, cas
 @pytest.mark.parametrize("planned", [False, True], ids=["first call", "planned call"])
 @pytest.mark.parametrize("change", IN_A_CALL)
 def test_a_change_in_the_middle_of_a_call_is_seen_at_once(sim_device, change, planned):
-    pipe, x = SMALL.build(), noise()
+    pipe, x = build(SMALL), noise()
     plain = copy.deepcopy(pipe)
 
     def at_step_2(pipe, step):
@@ -294,7 +294,7 @@ class Stopped(BaseException):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Stopped, ValueError, torch.OutOfMemoryError])
 @pytest.mark.parametrize("at", [0, 21])
 def test_after_an_error_inside_a_block_the_next_call_works(sim_device, at, error, planned):
-    pipe, x = SMALL.build(), noise()
+    pipe, x = build(SMALL), noise()
     expected, count = unoffloaded(pipe, x), iter(range(100))
     engine = streamed(pipe)
     for _ in range(3 if planned else 0):
@@ -321,7 +321,7 @@ def test_after_an_error_inside_a_block_the_next_call_works(sim_device, at, error
 
 @pytest.mark.parametrize("planned", [False, True], ids=["first call", "planned call"])
 def test_wherever_memory_runs_out_the_user_sees_it_or_nothing_at_all(sim_device, planned):
-    pipe, x = SMALL.build(), noise()
+    pipe, x = build(SMALL), noise()
     expected, seen = unoffloaded(pipe, x), set()
     engine = streamed(pipe)
     for after in range(1, 240, 19):
@@ -342,7 +342,7 @@ def test_wherever_memory_runs_out_the_user_sees_it_or_nothing_at_all(sim_device,
 
 
 def test_an_error_keeps_no_tensor_alive(sim_device):
-    pipe, x = SMALL.build(), noise()
+    pipe, x = build(SMALL), noise()
     gc.collect()
     gc.disable()
     try:
@@ -360,7 +360,7 @@ def test_an_error_keeps_no_tensor_alive(sim_device):
 
 
 def test_two_streamed_pipelines_share_one_budget(sim_device):
-    pipes, x = [SMALL.build(seed=1), SMALL.build(seed=2)], noise()
+    pipes, x = [build(SMALL, seed=1), build(SMALL, seed=2)], noise()
     expected = [unoffloaded(pipe, x) for pipe in pipes]
     engines = [streamed(pipe) for pipe in pipes]
     assert engines[0]._residency is engines[1]._residency
@@ -373,7 +373,7 @@ def test_two_streamed_pipelines_share_one_budget(sim_device):
 
 @pytest.mark.parametrize("other", ["streamed", "chain mode"])
 def test_a_streamed_pipeline_shares_its_encoder_with_another(sim_device, other):
-    one, two, x = SMALL.build(seed=1), SMALL.build(seed=2), noise()
+    one, two, x = build(SMALL, seed=1), build(SMALL, seed=2), noise()
     two.te = one.te
     expected = [unoffloaded(one, x), unoffloaded(two, x)]
     first = streamed(one)

@@ -17,6 +17,7 @@ import offload_engine
 from benchmarks import streaming
 from benchmarks.instances import least_nbytes
 from benchmarks.pipelines import PIPELINES
+from benchmarks.shapes import SHAPES
 from offload_engine import sim
 from offload_engine.forecast import Expected
 from offload_engine.residency import Residency
@@ -24,8 +25,8 @@ from offload_engine.residency import Residency
 from .miniature import measured, unoffloaded
 from .streamed import (
     LINK,
-    SHAPES,
     SMALL,
+    build,
     check,
     deep_flux,
     noise,
@@ -94,7 +95,7 @@ def test_a_new_plan_is_prepared_at_the_end_of_the_call_that_asks_for_it(sim_devi
     """The first call warms up, so the second tells other seconds: the third has another plan, and
     finds on the device what that begins with."""
     shape, x = SHAPES[name], noise()
-    pipe = shape.build()
+    pipe = build(shape)
     with streamed(pipe, 0.5) as engine:
         pipe(x, num_inference_steps=shape.steps, on_step=lambda pipe, step: sim.spend(0.3))
         first = engine.plan
@@ -113,7 +114,7 @@ def test_what_a_first_call_caches_on_the_device_is_counted_once(sim_device, plan
 
     x, plans = noise(), []
     for is_early in (False, True):
-        pipe = SMALL.build()
+        pipe = build(SMALL)
         cached_nbytes, budget = weights_nbytes(pipe) // 8, weights_nbytes(pipe) * 9 // 16
         if is_early:
             cache(pipe, 0)
@@ -171,7 +172,7 @@ class Steady(NamedTuple):
 @functools.cache
 def steady(name, fraction):
     shape, x = SHAPES[name], noise()
-    pipe = shape.build()
+    pipe = build(shape)
     expected = unoffloaded(pipe, x, num_inference_steps=shape.steps)
     with streamed(pipe, fraction) as engine:
         for number in range(3):
@@ -218,7 +219,7 @@ def test_with_a_larger_budget_no_more_is_copied(sim_device, name):
 @pytest.mark.parametrize("name", SHAPES)
 def test_where_everything_fits_nothing_is_copied(sim_device, name):
     shape, x = SHAPES[name], noise()
-    pipe = shape.build()
+    pipe = build(shape)
     expected = unoffloaded(pipe, x, num_inference_steps=2)
     with offload_engine.attach(pipe, vram=expected.peak_nbytes) as engine:
         sim.configure(capacity_nbytes=expected.peak_nbytes)
@@ -230,12 +231,12 @@ def test_where_everything_fits_nothing_is_copied(sim_device, name):
 
 
 def test_where_everything_surely_fits_nothing_is_cut(sim_device):
-    with offload_engine.attach(SMALL.build(), vram="8GiB") as engine:
+    with offload_engine.attach(build(SMALL), vram="8GiB") as engine:
         assert set(engine._residency.units) == {"te", "transformer", "vae"}
 
 
 def test_a_streamed_call_waits_for_the_device_as_often_as_one_without_offload(sim_device):
-    pipe, x, extra = SMALL.build(), noise(), set()
+    pipe, x, extra = build(SMALL), noise(), set()
     expected = {steps: unoffloaded(pipe, x, num_inference_steps=steps) for steps in (4, 12)}
     with streamed(pipe):
         for steps in (4, 12):
@@ -252,7 +253,7 @@ def live(kind):
 
 
 def test_nothing_grows_over_a_hundred_calls(sim_device):
-    pipe, x = SMALL.build(), noise()
+    pipe, x = build(SMALL), noise()
     seen = []
     with streamed(pipe) as engine:
         for number in range(106):
@@ -290,7 +291,7 @@ def uses(plan, prefix):
 
 @functools.cache
 def small_plan(fraction):
-    pipe, x = SMALL.build(), noise()
+    pipe, x = build(SMALL), noise()
     with streamed(pipe, fraction) as engine:
         for _ in range(3):
             pipe(x)
