@@ -248,6 +248,41 @@ def test_blocks_may_be_used_in_any_way(sim_device, kind):
     assert torch.equal(pipe(x.cpu(), on_step=next_step), expected.output)
 
 
+def test_some_of_a_block_stays_while_the_rest_of_it_streams(sim_device):
+    pipe, x = build(SMALL), noise()
+    expected = unoffloaded(pipe, x)
+    engine = streamed(pipe)
+    for _ in range(3):
+        check(measured(lambda: pipe(x)), expected, engine)
+    fetched = {name for step in engine.plan.steps for name in step.fetch}
+    blocks = [unit for unit in engine._residency.units.values() if unit.parts]
+    assert len(blocks) == 4 + 8 + 4
+    divided = [
+        unit for unit in blocks if 0 < len(fetched & {u.name for u in (unit, *unit.parts)}) < 4
+    ]
+    assert divided
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("when", ["before", "between", "after"])
+def test_a_layer_of_a_block_may_be_called_by_hand(sim_device, when):
+    """It enters the block that it is in, parts and all."""
+    pipe, x = build(SMALL), noise()
+    layer = pipe.transformer.row_0[2].down_2
+    given = torch.randn(2, layer.in_features)
+    output, by_hand = unoffloaded(pipe, x).output, layer(given)
+    engine = streamed(pipe)
+    if when != "before":
+        pipe(x)
+    if when == "after":
+        pipe(x)
+    torch.testing.assert_close(layer(given), by_hand)
+    for _ in range(3):
+        assert torch.equal(pipe(x), output)
+    engine.detach()
+    assert torch.equal(pipe(x), output)
+
+
 @pytest.mark.parametrize("kind", [Conditional, Shuffled])
 def test_a_call_that_runs_other_blocks_than_the_one_before_is_right(sim_device, kind):
     pipe, x = special(kind), noise()

@@ -24,7 +24,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from offload_engine.blocks import find_blocks, least_nbytes, named_blocks, rest_of
+from offload_engine.blocks import find_blocks, least_nbytes, named_blocks, parts_of, rest_of
 from offload_engine.errors import ComponentError
 from offload_engine.segments import scan
 
@@ -249,6 +249,23 @@ def test_nearly_all_bytes_are_in_blocks_and_no_block_is_large(built, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_the_parts_of_a_block_have_each_of_its_weights_at_most_once(built, name):
+    model = built[name]
+    total = nbytes(weights(model))
+    for block in find_blocks(model):
+        parts = parts_of(block, total)
+        assert len(parts) < 4
+        layers = [layer for part in parts for layer in part]
+        of_block = {module for each in block[1] for module in each.modules()}
+        assert len(set(layers)) == len(layers) and of_block.issuperset(layers)
+        sizes = [nbytes(t for layer in part for t in weights(layer)) for part in parts]
+        largest = max((nbytes(weights(m)) for m in of_block if not any(m.children())), default=0)
+        first = nbytes(t for module in block[1] for t in weights(module)) - sum(sizes)
+        if parts:
+            assert max(first, *sizes) - min(first, *sizes) <= largest
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_block_is_found_under_its_path(built, name):
     modules = dict(built[name].named_modules())
     paths = [path for path, _ in find_blocks(built[name])]
@@ -417,6 +434,37 @@ def test_a_block_with_few_bytes_in_rows_of_its_own_is_not_cut_further():
 
 
 # ---- blocks that the user names
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(4))
+        self.up, self.down, self.gate, self.out = (nn.Linear(64, 64) for _ in range(4))
+
+
+def test_the_parts_of_a_block_are_about_equal_and_its_own_weights_stay_with_the_first():
+    model = nn.ModuleList(Layers() for _ in range(8))
+    total = nbytes(weights(model))
+    path, (block,) = find_blocks(model)[0]
+    parts = parts_of((path, (block,)), total)
+    assert [len(part) for part in parts] == [1, 1, 1]
+    assert scan([block], without=[m for part in parts for m in part]).all_tensors[0] is block.scale
+
+
+def test_layers_that_share_weights_stay_together():
+    block = Layers()
+    block.up.weight = block.down.weight
+    parts = parts_of(("0", (block,)), nbytes(weights(block)))
+    assert block.up not in [m for part in parts for m in part]
+    assert block.down not in [m for part in parts for m in part]
+    assert sum(map(len, parts)) == 2
+
+
+def test_a_small_block_moves_as_one():
+    block = Layers()
+    assert parts_of(("0", (block,)), 200 * nbytes(weights(block))) == []
+    assert len(parts_of(("0", (block,)), 100 * nbytes(weights(block)))) == 1
 
 
 def test_the_path_of_a_list_names_each_of_its_items():
