@@ -98,7 +98,8 @@ def image(steps: int, links: dict[str, tuple[float, float]]) -> list[dict[str, A
 
 def models() -> list[dict[str, Any]]:
     """Pipelines of the proportions of real models under budgets, as steady cycles; bytes against
-    what Belady's rule would fetch, and what any cycle within 1.05 of the bound has to."""
+    what Belady's rule would fetch; the same for the fewest that any cycle has to that is as fast,
+    and that is within 1.05 of the bound."""
     rows = []
     for name, shape in SHAPES.items():
         for share in _SHARES:
@@ -106,7 +107,8 @@ def models() -> list[dict[str, Any]]:
             instance = cut(whole, _PARTS, lambda name: ".row_" in name)
             plan, spent = timed_plan(instance, cyclic=True)
             least = least_nbytes(plan)
-            fewest = fewest_nbytes(whole, 1.05 * plan.bound_seconds) if HAS_SCIPY else None
+            limits = (plan.seconds * (1 + 1e-6), 1.05 * plan.bound_seconds)
+            as_fast, within = (fewest_nbytes(whole, each) if HAS_SCIPY else 0 for each in limits)
             rows.append(
                 {
                     "model": name,
@@ -115,7 +117,8 @@ def models() -> list[dict[str, Any]]:
                     "above bound %": round(100 * (plan.seconds / plan.bound_seconds - 1), 2),
                     "fetched GB": round(plan.fetched_nbytes / 1e9, 1),
                     "of the least": round(plan.fetched_nbytes / least, 3),
-                    "any within 1.05": None if fewest is None else round(fewest / least, 3),
+                    "any as fast": round(as_fast / least, 3) if as_fast else None,
+                    "any within 1.05": round(within / least, 3) if within else None,
                     "plan s": round(spent, 2),
                 }
             )

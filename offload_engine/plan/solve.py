@@ -20,7 +20,7 @@ from .tidy import tidy, without_waste
 class Rule(NamedTuple):
     """A forward pass to try."""
 
-    lead: float = inf  # as a part of the time to copy everything once
+    lead: float = inf  # as a part of the time to copy everything once; below 0: nothing ahead
     bulk: float = 0.0
     share: float = 0.0  # of the room, for what is kept; in cycles only
 
@@ -32,6 +32,7 @@ _RULES = (
     Rule(share=0.6),
     Rule(0.12, share=0.95),
     Rule(share=1),
+    Rule(0.12, share=0.99),
     Rule(0.25, share=0.7),
     Rule(0.06),
     Rule(share=0.85),
@@ -43,12 +44,14 @@ _RULES = (
     Rule(0.06, share=0.7),
     Rule(0.015),
     Rule(0.015, share=0.7),
+    Rule(-1, share=0.97),
+    Rule(0, share=0.98),
     *_BULKY,
 )
 """Of a grid of shares and leads, on the proportions of four models and FLUX.1 under many budgets:
 those that together lose least against the whole grid."""
 _FIRST_RULES_ONCE = 4  # tried even if one takes as long as the bound: another may fetch less
-_FIRST_RULES = 15
+_FIRST_RULES = 18
 _MOST_USES_TRIED = 16_000  # of all forward passes together
 _MOST_USES_TIDIED = 8_000
 _CLOSE = 1 + 1e-9

@@ -36,9 +36,9 @@ from .streamed import (
 
 pytestmark = pytest.mark.usefixtures("clean")
 FRACTIONS = (0.25, 0.35, 0.5, 0.7, 0.9)
-# Where no cycle within 1.05 of the bound copies less than 1.17, 1.08 and 1.26 of the least
-# (docs/planning.md): of the least.
-HIDDEN = {("flux", 0.7): 1.4, ("qwen", 0.5): 1.3, ("qwen", 0.7): 1.45}
+# Where no cycle that is as fast copies less than 1.31, 1.19 and 1.36 of the least
+# (benchmarks/least.py): of the least.
+HIDDEN = {("flux", 0.7): 1.38, ("qwen", 0.5): 1.25, ("qwen", 0.7): 1.43}
 
 
 # ---- a real architecture on a third of its weights
@@ -207,7 +207,7 @@ def test_a_streamed_call_is_as_fast_as_the_budget_allows(sim_device, name, fract
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_streamed_call_copies_little_more_than_it_must(sim_device, name, fraction):
     call = steady(name, fraction)
-    assert call.copied_nbytes <= HIDDEN.get((name, fraction), 1.2) * call.least_nbytes
+    assert call.copied_nbytes <= HIDDEN.get((name, fraction), 1.13) * call.least_nbytes
 
 
 @pytest.mark.parametrize("name", SHAPES)
