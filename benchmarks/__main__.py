@@ -19,8 +19,9 @@ import torch
 
 from offload_engine import sim
 
-from . import attaching, fast_path, growth, movement, noticing, planner, streaming
+from . import attaching, fast_path, growth, movement, noticing, planner, scaled, streaming
 from .children import write_result
+from .least import HAS_SCIPY
 from .pipelines import PIPELINES
 from .provenance import provenance
 from .tables import table
@@ -153,6 +154,21 @@ def measure_planner(options: argparse.Namespace, found: Findings) -> None:
     found.target("plans for FLUX.1 above their bound", "<= 5 %", f"{worst:.2f} %", worst <= 5)
 
 
+def measure_scaled(options: argparse.Namespace, found: Findings) -> None:
+    """(h) The proportions of real models under budgets."""
+    rows = scaled.measure_all()
+    print(scaled.show(rows))
+    found.data["scaled"] = rows
+    worst = max(row["part of bound"] for row in rows)
+    found.target("scaled models, part of the bound", "<= 1.05", f"{worst:.3f}", worst <= 1.05)
+    if HAS_SCIPY:
+        worst = max(row["of any as fast"] for row in rows)
+        name = "bytes, of the fewest that any call as fast can copy"
+        found.target(name, "<= 1.05", f"{worst:.3f}", worst <= 1.05)
+    else:
+        found.left_out.append("the fewest bytes that any call as fast can copy: needs scipy")
+
+
 PARTS: dict[str, Callable[[argparse.Namespace, Findings], None]] = {
     "fast_path": measure_fast_path,
     "movement": measure_movement,
@@ -161,6 +177,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Findings], None]] = {
     "growth": measure_growth,
     "streaming": measure_streaming,
     "planner": measure_planner,
+    "scaled": measure_scaled,
 }
 
 

@@ -12,22 +12,11 @@ from torch import nn
 
 import offload_engine
 from benchmarks.pipelines import PIPELINES
+from benchmarks.scaled import WIDTH, Block, Stack, Streamed, build, noise, weights_nbytes
 from offload_engine import sim
 
 from .miniature import measured, unoffloaded
-from .streamed import (
-    SMALL,
-    WIDTH,
-    Block,
-    Stack,
-    Streamed,
-    build,
-    check,
-    deep_flux,
-    noise,
-    streamed,
-    weights_nbytes,
-)
+from .streamed import SMALL, check, deep_flux, streamed
 
 pytestmark = pytest.mark.usefixtures("clean")
 

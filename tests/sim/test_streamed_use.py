@@ -13,12 +13,13 @@ from torch import nn
 
 import offload_engine
 from benchmarks.pipelines import PIPELINES
+from benchmarks.scaled import Block, build, noise, weights_nbytes
 from offload_engine import sim
 from offload_engine.errors import ComponentError, OffloadError
 from offload_engine.plan import PlanError
 
 from .miniature import measured, unoffloaded, untouched
-from .streamed import SMALL, Block, build, check, noise, streamed, weights_nbytes
+from .streamed import SMALL, check, streamed
 
 pytestmark = pytest.mark.usefixtures("clean")
 

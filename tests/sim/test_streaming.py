@@ -17,22 +17,14 @@ import offload_engine
 from benchmarks import streaming
 from benchmarks.instances import least_nbytes
 from benchmarks.pipelines import PIPELINES
+from benchmarks.scaled import LINK, build, noise, weights_nbytes
 from benchmarks.shapes import SHAPES
 from offload_engine import sim
 from offload_engine.forecast import Expected
 from offload_engine.residency import Residency
 
 from .miniature import measured, unoffloaded
-from .streamed import (
-    LINK,
-    SMALL,
-    build,
-    check,
-    deep_flux,
-    noise,
-    streamed,
-    weights_nbytes,
-)
+from .streamed import SMALL, check, deep_flux, streamed
 
 pytestmark = pytest.mark.usefixtures("clean")
 FRACTIONS = (0.25, 0.35, 0.5, 0.7, 0.9)
