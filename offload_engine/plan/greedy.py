@@ -68,15 +68,15 @@ class Forward:
         self.link_free = 0.0
         self.cursor = (0, 0)  # use and place in it: all that is used from here to there is present
 
-    def draft(self) -> Draft:
-        """The draft of one pass over all uses."""
+    def draft(self, stop: int | None = None) -> Draft:
+        """The draft of one pass over all uses, or those before ``stop``."""
         problem, draft = self.problem, Draft.empty(self.problem)
         for segment in problem.resident:
             self.present[segment] = True
             self.held += problem.sizes[segment]
             self._offer(segment)
         begin = 0.0
-        for position in range(problem.length):
+        for position in range(problem.length if stop is None else stop):
             release, fetch = draft.release[position], draft.fetch[position]
             end = self._demand(position, begin, release, fetch)
             while self.link_free < end and self._prefetch(position, begin, release, fetch):

@@ -174,7 +174,8 @@ def _steady(problem: Problem) -> Best:
             break
         if rule.share not in kept:
             kept[rule.share] = kept_segments(problem, rule.share)
-        draft = Forward(rolled, rule.bulk, rule.lead * once, kept[rule.share]).draft()
+        forward = Forward(rolled, rule.bulk, rule.lead * once, kept[rule.share])
+        draft = forward.draft(rolled.length - problem.length)  # `closed` looks no further
         for turn in range(1, rounds - 1):
             best.offer(closed(problem, draft, turn))
     if not best.is_proven:
