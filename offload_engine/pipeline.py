@@ -27,7 +27,7 @@ from .sequence import Sequence
 from .units import format_nbytes
 
 _LARGE = 1 / 8  # of the budget: smaller components move as one
-_SURELY_FITS = 1 / 2  # of the budget: with weights beyond that, activations may not find room
+_SURELY_FITS = 1 / 4  # of the budget: with weights beyond that, activations may not find room
 ENGINE = "_offload_engine"  # the attribute of an attached pipeline that holds its engine
 _STATE = (ENGINE, "_all_hooks", "_offload_device", "_offload_gpu_id")
 
