@@ -61,12 +61,13 @@ class Forecast:
     pattern: Pattern
     steps: int | None
     costs: tuple[Cost, ...]  # by leaf of the pattern
+    most_steps: int = 0  # of any call that was seen
 
     @classmethod
     def of(cls, observed: Seq[Observed], steps: int | None) -> Forecast:
         """What one call showed."""
         pattern = Pattern.of([use.unit for use in observed])
-        return cls(pattern, steps, _costs(pattern, observed))
+        return cls(pattern, steps, _costs(pattern, observed), steps or 0)
 
     def updated(self, observed: Seq[Observed], steps: int | None) -> Forecast:
         """This forecast with another call taken in.
@@ -85,8 +86,10 @@ class Forecast:
             before = [largest.get(name) for name in fresh.pattern.names]
             costs = tuple(map(self._counted, fresh.costs, before, repeat(steps)))
             before = [known and known._replace(measured=_NEVER) for known in before]
-        costs = tuple(map(_kept, costs, before))
-        return Forecast(fresh.pattern, fresh.steps, costs)
+        is_shorter = bool(steps and self.steps and steps < self.steps)
+        is_shorter = is_shorter or len(observed) < len(self.pattern.leaves)
+        costs = tuple(map(_kept, costs, before, repeat(is_shorter)))
+        return Forecast(fresh.pattern, fresh.steps, costs, max(self.most_steps, steps or 0))
 
     def _normal(self, cost: Cost, known: Cost, steps: int | None) -> Cost:
         """``cost``, of a call with ``steps``, as if with those of this forecast."""
@@ -111,16 +114,24 @@ class Forecast:
         return cost._replace(forwards=known.forwards)
 
     def _largest(self) -> dict[str, Cost]:
-        """For each unit, the cost of its largest use."""
+        """For each unit, the cost of the use with the most work, with the largest workspace of all:
+        a decoder that encodes as well has more work then, and needs less room."""
         found: dict[str, Cost] = {}
+        most: dict[str, int] = {}
         for name, cost in zip(self.pattern.names, self.costs, strict=True):
+            most[name] = max(most.get(name, 0), cost.workspace_nbytes)
             if name not in found or _size(cost) > _size(found[name]):
                 found[name] = cost
-        return found
+        return {name: cost._replace(workspace_nbytes=most[name]) for name, cost in found.items()}
 
     def known_workspaces(self) -> dict[str, tuple[int, int]]:
         """For each unit, the work and the workspace of its largest use."""
         return {name: _size(cost) for name, cost in self._largest().items()}
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether the workspaces of some units are to be learned anew."""
+        return any(cost.work < 0 for cost in self.costs)
 
     def without(self, units: Collection[str]) -> Forecast:
         """This forecast with the workspaces of ``units`` forgotten: whatever they do is more."""
@@ -129,7 +140,7 @@ class Forecast:
             cost._replace(work=-1) if name in units else cost
             for name, cost in zip(names, self.costs, strict=True)
         )
-        return Forecast(self.pattern, self.steps, costs)
+        return Forecast(self.pattern, self.steps, costs, self.most_steps)
 
     def room_nbytes(self, plan: Plan, steps: int | None) -> list[int]:
         """For each place, by how much the workspace may grow within ``plan``, which was made for a
@@ -265,10 +276,12 @@ def _size(cost: Cost) -> tuple[int, int]:
     return cost.work, cost.workspace_nbytes
 
 
-def _kept(cost: Cost, known: Cost | None) -> Cost:
+def _kept(cost: Cost, known: Cost | None, is_shorter: bool) -> Cost:
     """``cost`` with what was ``known`` before, where that says more.
 
     Of the times of two calls with as much work the shorter count: the other waited for something.
+    A call that ``is_shorter`` says nothing against what longer ones needed: the first round of a
+    loop needs less than the next, which has its results beside it.
     """
     if known is None or cost.work > known.work:
         return cost
@@ -276,7 +289,8 @@ def _kept(cost: Cost, known: Cost | None) -> Cost:
         least = max(cost.least_nbytes, known.least_nbytes)
         workspace = max(known.workspace_nbytes, least)
         return cost._replace(work=known.work, workspace_nbytes=workspace, least_nbytes=least)
-    workspace = max(cost.least_nbytes, min(known.workspace_nbytes, cost.most_nbytes))
+    most = known.workspace_nbytes if is_shorter else cost.most_nbytes
+    workspace = max(cost.least_nbytes, min(known.workspace_nbytes, most))
     return cost._replace(
         times=cost.times.at_most(known.measured),
         workspace_nbytes=workspace,

@@ -40,6 +40,7 @@ _ENTRY_METHODS = re.compile(
 )
 
 _HOST = torch.device("cpu")
+_FAST_PATHS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 _UNKNOWN = 1 << 62  # work of a unit whose size has changed: more than whatever was measured
 
 
@@ -140,7 +141,7 @@ class Walker:
         """Runs ``bare`` of a unit that was just entered, watched if the guide wants to know."""
         if not self.guide.samples:
             return bare(*args, **kwargs)
-        can_be_watched = functools.partial(_runs_eagerly, unit)
+        can_be_watched = functools.partial(_runs_as_it_is, unit)
         return self.meter.run(unit.name, way, can_be_watched, bare, args, kwargs)
 
     def is_tight_for(self, unit: Unit, growth: float) -> bool:
@@ -170,9 +171,14 @@ def _disarm(unit: Unit) -> None:
             each.doors.disarm()
 
 
-def _runs_eagerly(unit: Unit) -> bool:
-    """Whether none of its modules is compiled: in another mode that is compiled anew."""
-    return not any(_is_compiled_itself(m) for root in unit.modules for m in root.modules())
+def _runs_as_it_is(unit: Unit) -> bool:
+    """Whether all of it runs below a mode as it does without: what is compiled would be compiled
+    anew, and below a mode for functions, which is the one in inference mode, torch's own attention
+    leaves its fast path."""
+    modules = [m for root in unit.modules for m in root.modules()]
+    if torch.is_inference_mode_enabled() and any(isinstance(m, _FAST_PATHS) for m in modules):
+        return False
+    return not any(map(_is_compiled_itself, modules))
 
 
 def _is_compiled_itself(module: nn.Module) -> bool:

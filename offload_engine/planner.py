@@ -65,6 +65,9 @@ class Planner:
         self._study()
         is_confirmed = self._is_confirmed()
         self._steps = steps
+        if self._forecast is not None and self._forecast.most_steps == 1 < (steps or 0):
+            # What the first round leaves to the next was never seen.
+            self._forecast = self._forecast.without(set(self._forecast.pattern.names))
         self.outside_nbytes = min(self.outside_nbytes, meter.outside_nbytes)
         meter.outside_nbytes = self.normal(meter.outside_nbytes)
         if self.vram_nbytes is None and (solo or self._was_interrupted):
@@ -88,7 +91,8 @@ class Planner:
                 expected.forwards,
             )
             guide.is_still = guide.is_still and is_confirmed
-            measures = self._cached_much(meter.outside_nbytes) and not guide.is_still
+            measures = self._forecast.is_unsure
+            measures |= self._cached_much(meter.outside_nbytes) and not guide.is_still
             guide.samples = guide.watches_forwards = measures
             return guide
         by_hand = self.guide_by_hand(chain, units, meter)
@@ -129,9 +133,10 @@ class Planner:
         return self.plan
 
     def ran_out(self, meter: Meter) -> None:
-        """Memory ran out in the use that ``meter`` saw last: it needs more than is known."""
-        if self._forecast is not None and meter.marks:
-            self._forecast = self._forecast.without({meter.marks[-1].unit})
+        """Memory ran out: what is known of the workspaces is too little, in one use at least. The
+        peak, which is high now, will not tell of which others."""
+        if self._forecast is not None:
+            self._forecast = self._forecast.without(set(self._forecast.pattern.names))
 
     def curve(self, units: Collection[Unit], points: int) -> list[tuple[int, Plan]]:
         """Plans for ``points`` budgets, from the least to what holds everything."""

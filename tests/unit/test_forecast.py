@@ -160,11 +160,22 @@ def test_a_smaller_call_does_not_lower_what_a_larger_one_needs(make):
     assert (cost.workspace_nbytes, cost.work) == (90, 4)
 
 
-def test_the_largest_use_of_a_unit_is_known_by_its_work():
-    forecast = after(
-        [use("vae", workspace=8, work=9), use("unet"), use("vae", workspace=30, work=2)]
-    )
-    assert forecast.known_workspaces() == {"vae": (9, 8), "unet": (1, 0)}
+def test_a_unit_is_known_by_its_most_work_and_its_largest_workspace():
+    """A vae that encodes has more work than one that decodes, and needs less."""
+    calls = [use("vae", workspace=8, work=9), use("unet"), use("vae", workspace=30, work=2)]
+    assert after(calls).known_workspaces() == {"vae": (9, 30), "unet": (1, 0)}
+    longer = [bound("vae", 50, work=9), *[bound("unet", 50)] * 2, bound("te", 1)]
+    forecast = after(calls, [*longer, bound("vae", 50, work=2)])
+    assert [c.workspace_nbytes for c in forecast.costs if c.work == 9] == [30, 30]
+
+
+def test_a_shorter_call_does_not_lower_what_a_longer_one_needs():
+    """The first round of a loop has no result of the one before beside it."""
+    long = [use("te"), use("unet", workspace=40), use("unet", workspace=50)]
+    for short in ([use("te"), use("unet", workspace=40)], [use("unet", workspace=40)]):
+        forecast = Forecast.of(long, 2).updated(short, 1)
+        assert cost_of(forecast, "unet").workspace_nbytes == 50
+        assert forecast.most_steps == 2
 
 
 def test_another_order_keeps_what_is_known_about_each_unit():
