@@ -23,7 +23,7 @@ from .segments import Scan, scan, sharing_scans
 
 _MOSTLY = 0.75  # of a block's bytes must be in its own rows for it to be cut into them
 _LEAST_BLOCK = 1 / 128  # of the component: smaller neighbours move as one
-_LEAST_PART = 1 / 256  # the same: a block is not cut any finer
+_LEAST_PART = 1 / 256  # the same: parts are about that large or larger
 _MOST_PARTS = 4  # of a block
 
 Block = tuple[str, tuple[nn.Module, ...]]  # path in the component, the modules that move as one
@@ -61,8 +61,8 @@ def parts_of(block: Block, component_nbytes: int) -> list[tuple[nn.Module, ...]]
     """The layers in each part of ``block``, but for the first, to which belongs all that is in no
     other; see [Note: parts]. Empty for a block that moves as one."""
     _, modules = block
-    nbytes = _nbytes(modules)
-    count = min(_MOST_PARTS, int(nbytes / max(1, component_nbytes * _LEAST_PART)))
+    nbytes, least = _nbytes(modules), max(1, component_nbytes * _LEAST_PART)
+    count = min(_MOST_PARTS, int(nbytes / least))
     layers = list(dict.fromkeys(layer for module in modules for layer in _layers(module)))
     own = scan(modules, without=layers)
     groups = sharing_scans([own, *(scan([layer]) for layer in layers)])
@@ -74,7 +74,7 @@ def parts_of(block: Block, component_nbytes: int) -> list[tuple[nn.Module, ...]]
         lightest = weights.index(min(weights))
         weights[lightest] += sizes[layer]
         parts[lightest].append(layer)
-    return [tuple(part) for part in parts[1:] if sum(sizes[layer] for layer in part)]
+    return [tuple(part) for part in parts[1:] if sum(map(sizes.__getitem__, part)) > least / 8]
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
