@@ -582,7 +582,7 @@ class Residency:
 
     def settle(self) -> None:
         """Releases what was interrupted half way, and units whose weights were moved."""
-        for unit in self.resident:
+        for unit in list(self.units.values()):  # asked at every entry: in no order
             if unit.state is State.UNSETTLED or unit.stale:
                 self.release(unit)
 
