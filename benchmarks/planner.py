@@ -19,12 +19,11 @@ from .children import write_result
 from .instances import GIB, MIB, Instance, anything, cut, denoiser, flux, least_nbytes, optimum
 from .least import HAS_SCIPY, fewest_nbytes
 from .provenance import provenance
-from .shapes import SHAPES
+from .shapes import SHAPES, SHARES
 from .tables import table
 
 _LINKS = {"RTX 4090": (23.9e9, 0.6), "H200": (52e9, 0.24)}  # bytes per second, seconds per step
 _PARTS = 4  # of a block, as the engine cuts it
-_SHARES = (0.25, 0.35, 0.5, 0.7, 0.9)
 _SLOW = {f"{gb} GB/s, 0.6 s a step": (gb * 1e9, 0.6) for gb in (4, 8, 12)}
 
 
@@ -102,7 +101,7 @@ def models() -> list[dict[str, Any]]:
     and that is within 1.05 of the bound."""
     rows = []
     for name, shape in SHAPES.items():
-        for share in _SHARES:
+        for share in SHARES:
             whole = shape.instance(share)
             instance = cut(whole, _PARTS, lambda name: ".row_" in name)
             plan, spent = timed_plan(instance, cyclic=True)

@@ -11,6 +11,7 @@ from offload_engine.plan import Use
 
 from .instances import Instance
 
+SHARES = (0.25, 0.35, 0.5, 0.7, 0.9)  # of the weights, as budgets
 LINK = 23.9  # GB a second: an RTX 4090 with PCIe 4
 _REST_SECONDS = 1e-6
 

@@ -16,12 +16,12 @@ import torch
 from offload_engine import sim
 
 from .pipelines import PIPELINES
+from .shapes import SHARES
 from .tables import table
 from .ways import WAYS, Way, budgeted, modules, why_missing
 
 CASES = ("flux", "wan_t2v", "qwen_image", "sdxl")
 OTHERS = ("no offload", "group offload", "group, recording", "sequential", "accelerate")
-PARTS = (0.25, 0.35, 0.5, 0.7, 0.9)
 STEPS = 4
 _PAGEABLE = 0.54  # of the link, for what is not pinned: 12.9 of 23.85 GB/s on an RTX 4090
 _COPY_PER_STEP = 1.6  # to copy the weights once, as FLUX.1's over PCIe 4.0 beside one step
@@ -72,7 +72,7 @@ def measure(name: str) -> list[Streamed]:
                 found.append(_run(name, way, WAYS[way], bandwidth, expected, weights, own))
             except (RuntimeError, ValueError) as error:
                 print(f"{name}, {way}: {type(error).__name__}: {str(error).splitlines()[0]}")
-    for part in PARTS:
+    for part in SHARES:
         vram = int(peak - weights + part * weights)
         place = functools.partial(budgeted, vram=lambda _, vram=vram: vram)
         way = f"this engine, {part:.0%}"

@@ -25,6 +25,7 @@ _MOSTLY = 0.75  # of a block's bytes must be in its own rows for it to be cut in
 _LEAST_BLOCK = 1 / 128  # of the component: smaller neighbours move as one
 _LEAST_PART = 1 / 256  # the same: parts are about that large or larger
 _MOST_PARTS = 4  # of a block
+_CRUMB = 1 / 8  # of the least part: what is smaller is not worth a copy of its own
 
 Block = tuple[str, tuple[nn.Module, ...]]  # path in the component, the modules that move as one
 
@@ -59,7 +60,8 @@ def named_blocks(component: nn.Module, name: str, paths: Iterable[str]) -> list[
 
 def parts_of(block: Block, component_nbytes: int) -> list[tuple[nn.Module, ...]]:
     """The layers in each part of ``block``, but for the first, to which belongs all that is in no
-    other; see [Note: parts]. Empty for a block that moves as one."""
+    other; see [Note: parts]. Empty for a block that moves as one. ``component_nbytes``: of all
+    weights of the component that it is in."""
     _, modules = block
     nbytes, least = _nbytes(modules), max(1, component_nbytes * _LEAST_PART)
     count = min(_MOST_PARTS, int(nbytes / least))
@@ -69,12 +71,13 @@ def parts_of(block: Block, component_nbytes: int) -> list[tuple[nn.Module, ...]]
     free = [layers[group[0] - 1] for group in groups if len(group) == 1 and group[0]]
     sizes = {layer: _nbytes([layer]) for layer in free}
     parts: list[list[nn.Module]] = [[] for _ in range(count)]
-    weights = [nbytes - sum(sizes.values()), *[0] * (count - 1)]
+    totals = [nbytes - sum(sizes.values()), *[0] * (count - 1)]
     for layer in sorted(free, key=lambda layer: -sizes[layer]) if count > 1 else ():
-        lightest = weights.index(min(weights))
-        weights[lightest] += sizes[layer]
+        lightest = totals.index(min(totals))
+        totals[lightest] += sizes[layer]
         parts[lightest].append(layer)
-    return [tuple(part) for part in parts[1:] if sum(map(sizes.__getitem__, part)) > least / 8]
+    found = zip(parts[1:], totals[1:], strict=True)
+    return [tuple(part) for part, total in found if total > _CRUMB * least]
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import slots
-from .blocks import Block, parts_of
+from .blocks import Block, least_nbytes, parts_of
 from .errors import ComponentError, DeviceError
 from .guide import Chain, Guide
 from .hooks import HfHook, Undo, Walker, install, nbytes_on, run_back
@@ -29,7 +29,7 @@ from .plan import Plan
 from .planner import Planner, opening
 from .report import Report, build_report
 from .residency import Event, Residency, State, Unit, new_log
-from .segments import scan, sharing
+from .segments import sharing
 from .sequence import Cursor, Sequence, learn
 from .transfers import elapsed_seconds
 from .units import format_nbytes, parse_nbytes
@@ -287,7 +287,7 @@ class Engine:
                 self._learn(guide, meter, residency.log)
         if isinstance(error, torch.OutOfMemoryError):
             self._solo = True
-            self._planner.ran_out(meter)
+            self._planner.ran_out()
             if hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(self._held())
         try:
@@ -619,7 +619,7 @@ class _Mount:
         inner = [module for _, members in blocks for module in members]
         rest = Unit(self.name, modules, self._store, without=inner)
         self.units.append(rest)
-        nbytes = sum(t.nbytes for module in modules for t in scan([module]).all_tensors)
+        nbytes = least_nbytes(modules[0], ()) if blocks else 0
         for block in blocks:
             path, members = block
             name = f"{self.name}.{path}"

@@ -144,12 +144,14 @@ class Walker:
         can_be_watched = functools.partial(_runs_as_it_is, unit)
         return self.meter.run(unit.name, way, can_be_watched, bare, args, kwargs)
 
-    def is_tight_for(self, unit: Unit, growth: float) -> bool:
-        """Whether a budget may not hold ``unit`` beside a copy ``growth`` times as large."""
+    def is_tight_for(self, unit: Unit, change: Any, module: nn.Module) -> bool:
+        """Whether a budget may not hold ``unit`` beside what ``change`` makes of its weights, to
+        judge by those of ``module``."""
         if self.vram_nbytes is None or unit.state is not State.RESIDENT:
             return False
+        growth = _growth(change, module)
         allocated = slots.allocated_nbytes(self.residency.device)
-        return allocated + growth * unit.nbytes > self.vram_nbytes
+        return growth > 0 and allocated + growth * unit.nbytes > self.vram_nbytes
 
     def leave(self) -> None:
         """No unit is known to be ready: the next entry looks at everything again."""
@@ -333,8 +335,7 @@ class ApplyWatch(MethodEntry):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         walker, unit = self._entry.walker, self._entry.unit
-        growth = _growth(args[0] if args else kwargs.get("fn"), self._module)
-        if growth and walker.is_tight_for(unit, growth):
+        if walker.is_tight_for(unit, args[0] if args else kwargs.get("fn"), self._module):
             walker.leave()
             walker.residency.release(unit)
         try:

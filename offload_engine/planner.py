@@ -67,7 +67,7 @@ class Planner:
         self._steps = steps
         if self._forecast is not None and self._forecast.most_steps == 1 < (steps or 0):
             # What the first round leaves to the next was never seen.
-            self._forecast = self._forecast.without(set(self._forecast.pattern.names))
+            self._forecast = self._forecast.without(self._forecast.pattern.names)
         self.outside_nbytes = min(self.outside_nbytes, meter.outside_nbytes)
         meter.outside_nbytes = self.normal(meter.outside_nbytes)
         if self.vram_nbytes is None and (solo or self._was_interrupted):
@@ -132,11 +132,11 @@ class Planner:
         self._make_plan(units, self._steps, outside_nbytes)
         return self.plan
 
-    def ran_out(self, meter: Meter) -> None:
+    def ran_out(self) -> None:
         """Memory ran out: what is known of the workspaces is too little, in one use at least. The
         peak, which is high now, will not tell of which others."""
         if self._forecast is not None:
-            self._forecast = self._forecast.without(set(self._forecast.pattern.names))
+            self._forecast = self._forecast.without(self._forecast.pattern.names)
 
     def curve(self, units: Collection[Unit], points: int) -> list[tuple[int, Plan]]:
         """Plans for ``points`` budgets, from the least to what holds everything."""

@@ -1,9 +1,8 @@
 """The state of each unit, what changed in it, and the log of what moved.
 
 A unit is what moves as one: a component, several that share weights, or a part of a block.
-`Residency` holds the
-units of the pipelines that share modules, or a budget, on one device. It is told what to release
-and what to fetch (guide.py): it decides nothing.
+`Residency` holds the units of the pipelines that share modules, or a budget, on one device. It is
+told what to release and what to fetch (guide.py): it decides nothing.
 """
 
 from __future__ import annotations

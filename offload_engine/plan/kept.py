@@ -20,11 +20,11 @@ _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly, howe
 
 
 def kept_segments(problem: Problem, share: float) -> dict[int, float]:
-    """Segments of a cyclic ``problem`` to keep, in ``share`` of the room that each use leaves; and
-    over how many uses: less than that lie ahead of the next one.
+    """Segments of a cyclic ``problem`` to keep, each with the uses that its next use is to be fewer
+    ahead for that. They take at most ``share`` (0 to 1) of the room that each use leaves.
 
-    What all uses leave room for is kept for good, other segments in all but the longest of their
-    gaps.
+    What all uses leave room for is kept for good (inf), other segments in all but the longest of
+    their gaps.
     """
     used: dict[int, list[int]] = {}
     alike: dict[tuple[tuple[int, ...], int], list[int]] = {}

@@ -48,12 +48,11 @@ _RULES = (
     Rule(0, share=0.98),
     *_BULKY,
 )
-"""Of a grid of shares and leads, on the proportions of four models and FLUX.1 under many budgets:
-those that together lose least against the whole grid."""
-_FIRST_RULES_ONCE = 4  # tried even if one takes as long as the bound: another may fetch less
-_FIRST_RULES = 18
+"""Chosen from a grid of shares and leads, on the proportions in benchmarks/shapes.py and FLUX.1
+under many budgets; the first ones matter most. All but the bulky are tried even if one takes as
+long as the bound: another may fetch less."""
 _MOST_USES_TRIED = 16_000  # of all forward passes together
-_MOST_USES_TIDIED = 8_000
+_MOST_USES_TIDIED = 8_000  # of all tidied drafts together
 _CLOSE = 1 + 1e-9
 _AS_GOOD = 1 + 2e-3  # for a big problem, where bytes can count more than that
 _THRIFT = 0.25  # so many percent of time are as bad as a percent of bytes
@@ -145,8 +144,8 @@ def _once(problem: Problem) -> Best:
     bounds = remaining_bounds(problem)
     best = Best(problem, bounds.from_boundary[0])
     once = sum(problem.copy_seconds)
-    for number, rule in enumerate(_RULES_ONCE[: _most(_MOST_USES_TRIED, problem)]):
-        if number >= _FIRST_RULES_ONCE and best.is_proven:
+    for rule in _RULES_ONCE[: _most(_MOST_USES_TRIED, problem)]:
+        if rule.bulk and best.is_proven:
             break
         forward = Forward(problem, rule.bulk, rule.lead * once)
         best.offer(without_waste(problem, forward.draft()))
@@ -169,8 +168,8 @@ def _steady(problem: Problem) -> Best:
     best = Best(problem, _steady_bound(rolled, rounds))
     once = sum(problem.copy_seconds)
     kept: dict[float, dict[int, float]] = {0: {}}
-    for number, rule in enumerate(_RULES[: _most(_MOST_USES_TRIED, problem)]):
-        if number >= _FIRST_RULES and best.is_proven:
+    for rule in _RULES[: _most(_MOST_USES_TRIED, problem)]:
+        if rule.bulk and best.is_proven:
             break
         if rule.share not in kept:
             kept[rule.share] = kept_segments(problem, rule.share)

@@ -18,7 +18,7 @@ from benchmarks import streaming
 from benchmarks.instances import least_nbytes
 from benchmarks.pipelines import PIPELINES
 from benchmarks.scaled import LINK, build, noise, weights_nbytes
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, SHARES
 from offload_engine import sim
 from offload_engine.forecast import Expected
 from offload_engine.residency import Residency
@@ -27,7 +27,6 @@ from .miniature import measured, unoffloaded
 from .streamed import SMALL, check, deep_flux, streamed
 
 pytestmark = pytest.mark.usefixtures("clean")
-FRACTIONS = (0.25, 0.35, 0.5, 0.7, 0.9)
 # Where no cycle that is as fast copies less than 1.31, 1.19 and 1.36 of the least
 # (benchmarks/least.py): of the least.
 HIDDEN = {("flux", 0.7): 1.38, ("qwen", 0.5): 1.25, ("qwen", 0.7): 1.43}
@@ -187,7 +186,7 @@ def steady(name, fraction):
         )
 
 
-@pytest.mark.parametrize("fraction", FRACTIONS)
+@pytest.mark.parametrize("fraction", SHARES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_streamed_call_is_as_fast_as_the_budget_allows(sim_device, name, fraction):
     call = steady(name, fraction)
@@ -195,7 +194,7 @@ def test_a_streamed_call_is_as_fast_as_the_budget_allows(sim_device, name, fract
     assert call.seconds == pytest.approx(call.predicted_seconds, rel=0.02)
 
 
-@pytest.mark.parametrize("fraction", FRACTIONS)
+@pytest.mark.parametrize("fraction", SHARES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_streamed_call_copies_little_more_than_it_must(sim_device, name, fraction):
     call = steady(name, fraction)
@@ -204,7 +203,7 @@ def test_a_streamed_call_copies_little_more_than_it_must(sim_device, name, fract
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_with_a_larger_budget_no_more_is_copied(sim_device, name):
-    copied = [steady(name, fraction).copied_nbytes for fraction in FRACTIONS]
+    copied = [steady(name, fraction).copied_nbytes for fraction in SHARES]
     assert copied == sorted(copied, reverse=True)
 
 
